@@ -45,6 +45,7 @@ RESUMABLE = "earlier checkpoints are intact: make room, then start the same comm
 AVERAGES = ("model_ema", "state_dict_ema")
 # entries of files that hold the weights, the first that is there; DINO publishes its teacher
 TABLES = ("model", "state_dict", "teacher", "model_state_dict", "module", *AVERAGES)
+LIGHTNING = "pytorch-lightning_version"  # an entry of every file of its
 PART = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin)$")
 USUAL = ("model", "open_clip_model", "pytorch_model", "open_clip_pytorch_model")  # of libraries
 PLAIN = (int, float, str, bool, type(None))
@@ -298,8 +299,8 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     Takes checkpoints of this project (hash verified; a run directory means its best, else its
     newest checkpoint), a Hugging Face folder, all shards of its index, `.pth` files of the original systems with a `model` or `state_dict` entry,
     bare state dicts, `.safetensors`, and pickled modules (`encoder.pkl`). The prefixes `module.`
-    and `_orig_mod.` of wrapped models are removed. Raises `UserError`, also for weights that are not
-    numbers.
+    and `_orig_mod.` of wrapped models are removed, and Lightning's `model.`. Raises `UserError`,
+    also for weights that are not numbers.
     """
     path = Path(path)
     index = find_index(path)
@@ -342,6 +343,8 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
         named = all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items())
         if weights and named:
             check_dense(path, weights)
+            if LIGHTNING in content:
+                weights = _without_model(weights)
             for name in tables[1:]:
                 if name in AVERAGES:
                     _note(
@@ -354,6 +357,12 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
         f"{path}: holds no weights: neither tensors by name nor such a table under "
         f"{' or '.join(TABLES)}, but {found}; save the weights alone"
     )
+
+
+def _without_model(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A network's own names where a module of Lightning holds it as `model`, and nothing beside it."""
+    own = {name.removeprefix("model."): value for name, value in weights.items()}
+    return own if all(name.startswith("model.") for name in weights) else weights
 
 
 @cache

@@ -134,6 +134,21 @@ def test_weights_under_the_names_of_other_trainers(key, tmp_path, capsys):
     assert found.keys() == torch.nn.BatchNorm1d(2).state_dict().keys()
 
 
+@pytest.mark.parametrize(
+    ("beside", "names"),
+    [([], [*WHOLE]), (["loss.weight"], ["model.a.x", "model.b.0.module.y", "loss.weight"])],
+)
+def test_a_network_that_lightning_saved_has_its_own_names(beside, names, tmp_path):
+    """Unless others lie beside it, such as a second network: which one is meant is not known."""
+    state = {f"model.{name}": value for name, value in WHOLE.items()}
+    state |= dict.fromkeys(beside, torch.ones(1))
+    content = {"pytorch-lightning_version": "2.5.0", "state_dict": state, "hyper_parameters": {}}
+    torch.save(content, tmp_path / "last.ckpt")
+    assert list(read_weights(tmp_path / "last.ckpt")) == names
+    torch.save(content["state_dict"], tmp_path / "w.pth")  # as LLaMA's files have it, too
+    assert list(read_weights(tmp_path / "w.pth")) == [*state]
+
+
 def test_names_that_two_weights_would_share_stay():
     assert list(unwrap_names({"a": torch.ones(1), "module.a": torch.zeros(1)})) == ["a", "module.a"]
 

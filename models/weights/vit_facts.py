@@ -14,6 +14,7 @@ from base.errors import UserError, brief
 from base.pixels import HALF, IMAGENET, RESAMPLING, RGB, STATISTICS, Pixels, processor_statistics
 from models.classification.classifier import VisionClassifier
 from models.weights.loading import Differences, State
+from models.weights.stated import OPEN_FOLDER
 from models.weights.vit import load_vit, vit_kind
 
 # transformers' name -> ours
@@ -70,7 +71,21 @@ def facts_of(weights: State, about: Mapping[str, Any], stated: VitFacts) -> VitF
             f"preprocessor_config.json beside the file, or state them, such as {asked}, or name the "
             "model of timm they belong to, such as --model timm/vit_small_patch16_224.dino"
         )
+    if stated.resize is None:
+        _check_view(about.get("preprocessor_config.json", {}))
     return found
+
+
+def _check_view(images: Mapping[str, Any]) -> None:
+    """UserError for a centre cut out of images that are not resized by their shorter side, as
+    DeiT's squeezes them before: no view here does."""
+    size = images.get("size")
+    shorter = isinstance(size, Mapping) and "shortest_edge" in size
+    if size and images.get("do_center_crop") and not shorter:
+        raise UserError(
+            f"preprocessor_config.json: size is {brief(size)} before a centre crop; "
+            f"{OPEN_FOLDER}, or state the shorter side, such as --resize 256"
+        )
 
 
 def known_facts(weights: State, about: Mapping[str, Any]) -> VitFacts:
@@ -178,8 +193,6 @@ def _of_preprocessor(images: Mapping[str, Any]) -> VitFacts:
     resize = None
     if isinstance(size, Mapping) and "shortest_edge" in size:
         resize = int(size["shortest_edge"])
-    elif isinstance(size, Mapping) and images.get("do_center_crop"):
-        resize = int(size.get("height", 0)) or None
     mean, std = processor_statistics(images) or (None, None)
     return VitFacts(
         mean=mean,

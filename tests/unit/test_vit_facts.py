@@ -92,6 +92,21 @@ def test_hugging_faces_files_tell(tmp_path, activation, layer):
         open_encoder(read_weights(file), description_of(file))
 
 
+@pytest.mark.parametrize("size", [256, {"height": 256, "width": 256}])
+def test_a_centre_out_of_a_squeezed_image_is_no_view_of_ours(size):
+    """As DeiT's files have it: taken for the shorter side, or for the whole image, every score of
+    an oblong image would be another."""
+    config = {"model_type": "vit", "num_attention_heads": 3}
+    images = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": size}
+    about = {"config.json": config, "preprocessor_config.json": images}
+    weights = network().state_dict()
+    assert open_encoder(weights, about).resize is None
+    images |= {"do_center_crop": True, "crop_size": 224}
+    with pytest.raises(UserError, match="before a centre crop"):
+        open_encoder(weights, about)
+    assert open_encoder(weights, about, stated=VitFacts(resize=256)).resize == 256
+
+
 def test_timms_config_json_tells(tmp_path):
     config = {
         "architecture": "vit_tiny_patch16_224",

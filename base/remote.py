@@ -21,14 +21,14 @@ PACKAGES = {  # what fsspec needs for a scheme
 }
 
 
-def file_system(url: str, options: dict | None = None):
+def file_system(url: str):
     """(file system, path in it) of a URL. UserError names the package that a scheme needs."""
     import fsspec
 
     scheme = url.partition("://")[0]
-    options = {**_limits(url, scheme), **(options or {})}
+    limits = _limits(url, scheme)
     try:
-        return fsspec.core.url_to_fs(url, **options)
+        return fsspec.core.url_to_fs(url, **limits)
     except (ImportError, ValueError) as error:
         package = PACKAGES.get(scheme)
         remedy = f"pip install {package}" if package else "fetch it and give its path"
@@ -37,7 +37,7 @@ def file_system(url: str, options: dict | None = None):
 
 
 def _limits(url: str, scheme: str) -> dict[str, Any]:
-    """fsspec's options for a server that does not answer, where the user gives none."""
+    """fsspec's options for a server that does not answer."""
     if scheme in ("http", "https"):
         return {"client_kwargs": {"timeout": _http_timeout(url)}}
     if scheme in ("s3", "s3a"):

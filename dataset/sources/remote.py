@@ -88,9 +88,9 @@ def _wait(attempt: int) -> None:
 class RemoteFile(io.RawIOBase):
     """A remote file, read forward and by seeking. size: its bytes; None where nobody knows."""
 
-    def __init__(self, url: str, options: dict | None = None):
+    def __init__(self, url: str):
         self.url = url
-        self.files, self.path = file_system(url, options)
+        self.files, self.path = file_system(url)
         self.patience = Patience()  # for all reads together
         about = self.patience.try_until_it_works(lambda: self.files.info(self.path))
         self.size = about.get("size")
@@ -159,17 +159,17 @@ class RemoteFile(io.RawIOBase):
 
 
 @contextmanager
-def open_file(url: str, options: dict | None = None):
+def open_file(url: str):
     """A local or remote file opened for reading bytes, buffered and with `peek`."""
     if is_remote(url):
-        with io.BufferedReader(RemoteFile(url, options), BUFFER) as file:
+        with io.BufferedReader(RemoteFile(url), BUFFER) as file:
             yield file
     else:
         with open(url, "rb") as file:
             yield file
 
 
-def read_file(url: str, options: dict | None = None) -> bytes:
+def read_file(url: str) -> bytes:
     """Content of a small local or remote file, in one request. UserError above the limit."""
     if not is_remote(url):
         if not os.path.isfile(url):
@@ -177,7 +177,7 @@ def read_file(url: str, options: dict | None = None) -> bytes:
         with open(url, "rb") as file:
             data = file.read(SMALL_BYTES + 1)
     else:
-        files, path = file_system(url, options)
+        files, path = file_system(url)
         data = with_retries(lambda: _first_bytes(files, path, SMALL_BYTES + 1))
     check_limit(url, len(data), SMALL_BYTES, "bytes or more", "fetch it again")
     return data
@@ -200,11 +200,11 @@ def _first_bytes(files, path: str, count: int) -> bytes:
         raise
 
 
-def state_of(url: str, options: dict | None = None) -> tuple:
+def state_of(url: str) -> tuple:
     """What changes with the content of a file, without reading it."""
     if not is_remote(url):
         return file_state(url)
-    files, path = file_system(url, options)
+    files, path = file_system(url)
     return url, *state_in(with_retries(lambda: files.info(path)))
 
 
@@ -247,12 +247,12 @@ def address(place: str, name: str) -> str:
 
 
 @contextmanager
-def plain_stream(url: str, options: dict | None = None):
+def plain_stream(url: str):
     """(file, size) of a local or remote file, decompressed. size: None where it must be read
     through: compressed, or of unknown length. Raises what the storage raises."""
     if not is_remote(url) and not os.path.isfile(url):
         raise FileNotFoundError(f"{url}: no such file")
-    with open_file(url, options) as file:
+    with open_file(url) as file:
         start = file.peek(6)[:6]
         if program := NOT_READ.get(start[:4]):
             raise UserError(f"{url}: compressed by {program}, which is not read; use gzip or none")

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -53,7 +53,6 @@ class Shards:
     names: tuple[str, ...]
     samples: int
     counts: tuple[int, ...] = ()
-    options: dict = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -67,29 +66,24 @@ class Shards:
         return self._by_name[shard]
 
 
-def find_shards(
-    urls: str | Sequence[str],
-    samples: int | None = None,
-    options: dict | None = None,
-    name: str | None = None,
-) -> Shards:
-    """The shards that paths, folders or URLs (with braces and globs) name, and their samples.
+def find_shards(urls: str | Sequence[str], samples: int | None = None) -> Shards:
+    """The shards that paths, folders or URLs (s3://, gs://, http:// through fsspec) with braces
+    {00000..00099}, {a,b} and globs name, and their samples.
 
     samples: how many there are in all; by default the sum of img2dataset's `*_stats.json` beside
     the shards, without which the samples of a shard are counted once: in local files by their
     headers alone, in others by reading through them. Counts are cached by path or URL, size and
-    time of change or ETag. options: of fsspec. Raises UserError.
+    time of change or ETag. Raises UserError.
     """
     patterns = as_list(urls)
-    options = options or {}
-    names = tuple(shard for pattern in patterns for shard in list_shards(pattern, options))
-    name = name or patterns[0]
+    names = tuple(shard for pattern in patterns for shard in list_shards(pattern))
+    name = patterns[0]
     if samples:
-        return Shards(name, names, samples, (), options)
-    counts = tuple(cached_counts([plain_name(name) for name in names], options))
+        return Shards(name, names, samples)
+    counts = tuple(cached_counts([plain_name(name) for name in names]))
     if not sum(counts):
         raise UserError(f"{names[0]} and the other shards hold no samples")
-    return Shards(name, names, sum(counts), counts, options)
+    return Shards(name, names, sum(counts), counts)
 
 
 def shared_shards(urls: str | Sequence[str], samples: int | None = None) -> Shards:
@@ -97,7 +91,7 @@ def shared_shards(urls: str | Sequence[str], samples: int | None = None) -> Shar
     return distributed.on_main(partial(find_shards, urls, samples), patient=True)
 
 
-def list_shards(pattern: str, options: dict | None = None) -> list[str]:
+def list_shards(pattern: str) -> list[str]:
     """Shards named by a path, folder (all its tar files, compressed or not, recursively; without
     any, its TFRecord files) or URL with braces and globs, sorted per glob.
 
@@ -107,13 +101,13 @@ def list_shards(pattern: str, options: dict | None = None) -> list[str]:
     pattern, query = split_columns(pattern)
     if query:
         parse_columns(query)  # says what is wrong with it
-        return [f"{shard}?{query}" for shard in list_shards(pattern, options)]
+        return [f"{shard}?{query}" for shard in list_shards(pattern)]
     shards = []
     if not is_remote(pattern) and Path(pattern).is_file():
         return [pattern]  # whatever braces and wildcards are in its name
     is_folder = not is_remote(pattern) and Path(pattern).is_dir()  # which may have them, too
     for url in [pattern] if is_folder else expand_braces(pattern):
-        matches = _remote_matches(url, options) if is_remote(url) else _local_matches(url)
+        matches = _remote_matches(url) if is_remote(url) else _local_matches(url)
         if not matches:
             raise UserError(f"{url}: no such shard; check the path and its braces and wildcards")
         shards += matches
@@ -137,11 +131,11 @@ def shards_below(folder: str | Path) -> list[str]:
     return _shards_among(str(path) for path in files_below(folder))
 
 
-def _remote_matches(url: str, options: dict | None) -> list[str]:
+def _remote_matches(url: str) -> list[str]:
     is_glob = re.search(r"[*?\[]", url.partition("?")[0] if "://" in url[:8] else url)
     if not is_glob and is_shard(url.partition("?")[0]):
         return [url]
-    files, path = file_system(url, options)
+    files, path = file_system(url)
     try:
         if re.search(r"[*?\[]", path):
             found = with_retries(lambda: files.glob(path))
@@ -214,19 +208,19 @@ def _options(braced: str, pattern: str) -> list[str]:
 
 
 # ---- samples of each shard
-def cached_counts(shards: Sequence[str], options: dict | None = None) -> list[int]:
+def cached_counts(shards: Sequence[str]) -> list[int]:
     """`samples_of`; of very many shards from one file in the cache, which holds what the shards and
     their statistics were when it was written."""
     if len(shards) < INDEXED:
-        return samples_of(shards, options)
+        return samples_of(shards)
     statistics = [name for shard in shards for name in statistics_names(shard)]
-    state = state_of_shards([*shards, *statistics], options)
+    state = state_of_shards([*shards, *statistics])
     if state is None:
-        return samples_of(shards, options)
+        return samples_of(shards)
     cached = cache_folder() / "counts" / f"all-{digest(COUNT_VERSION, list(shards))}.json"
     counts = _all_from_cache(cached, state, len(shards))
     if counts is None:
-        counts = samples_of(shards, options)
+        counts = samples_of(shards)
         try:
             write_json(cached, {"state": state, "counts": counts})
         except UserError as error:
@@ -246,7 +240,7 @@ def _all_from_cache(path: Path, state: str, shards: int) -> list[int] | None:
     return counts if all(type(count) is int and count >= 0 for count in counts) else None
 
 
-def samples_of(shards: Sequence[str], options: dict | None = None) -> list[int]:
+def samples_of(shards: Sequence[str]) -> list[int]:
     """Samples of every shard, asked for by threads, with a progress bar where it takes long."""
     from tqdm import tqdm
 
@@ -254,7 +248,7 @@ def samples_of(shards: Sequence[str], options: dict | None = None) -> list[int]:
     size = max(1, len(shards) // (16 * THREADS))
     blocks = [shards[start : start + size] for start in range(0, len(shards), size)]
     with ThreadPoolExecutor(min(THREADS, len(shards))) as pool:
-        found = pool.map(lambda block: [count_of(shard, options) for shard in block], blocks)
+        found = pool.map(lambda block: [count_of(shard) for shard in block], blocks)
         counts = chain.from_iterable(found)
         bar = tqdm(counts, "counting samples", len(shards), unit=" shards", delay=2, disable=None)
         try:
@@ -264,17 +258,17 @@ def samples_of(shards: Sequence[str], options: dict | None = None) -> list[int]:
             raise
 
 
-def count_of(shard: str, options: dict | None = None) -> int:
+def count_of(shard: str) -> int:
     """Samples of one shard: as its statistics say, else as the cache says, else counted."""
     try:
-        counted = _from_statistics(shard, options)
+        counted = _from_statistics(shard)
         if counted is not None:
             return counted
-        key = digest(COUNT_VERSION, state_of(shard, options))
+        key = digest(COUNT_VERSION, state_of(shard))
         cached = cache_folder() / "counts" / f"{key}.json"
         count = _from_cache(cached)
         if count is None:
-            count = _counted(shard, options)
+            count = _counted(shard)
             write_json(cached, {"shard": shard, "samples": count})
         return count
     except UserError:
@@ -295,10 +289,10 @@ def statistics_names(shard: str) -> list[str]:
     )
 
 
-def _from_statistics(shard: str, options: dict | None) -> int | None:
+def _from_statistics(shard: str) -> int | None:
     for name in statistics_names(shard):
         try:
-            successes = parse_json(read_file(name, options), name, dict)["successes"]
+            successes = parse_json(read_file(name), name, dict)["successes"]
         except (ValueError, KeyError):
             continue  # another program's, or damaged: the samples are counted
         except Exception as error:
@@ -318,10 +312,10 @@ def _from_cache(path: Path) -> int | None:
     return count if type(count) is int else None
 
 
-def _counted(shard: str, options: dict | None) -> int:
+def _counted(shard: str) -> int:
     """Samples of a shard; what was lost at a damage counts as one, which its reader reports. Raises
     what its store raises: another time it may have more."""
-    with plain_stream(shard, options) as (file, size):
+    with plain_stream(shard) as (file, size):
         if is_tfrecord(shard) and size is not None and not is_remote(shard):
             return count_frames(shard)
         watched = _Watched(file)

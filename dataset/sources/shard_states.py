@@ -11,7 +11,7 @@ from dataset.sources.remote import file_system, is_remote, state_in
 MANY = 100  # shards of a folder from which on it is listed
 
 
-def state_of_shards(files: Sequence[str], options: dict | None = None) -> str | None:
+def state_of_shards(files: Sequence[str]) -> str | None:
     """A digest of the states of files, missing ones among them, by path or URL.
 
     None where it would not change with every content: the store lists no folders (http://), or
@@ -20,11 +20,11 @@ def state_of_shards(files: Sequence[str], options: dict | None = None) -> str | 
     remote = [is_remote(file) for file in files]
     if not any(remote):
         return states_digest(files)
-    states = _listed_states(files, options) if all(remote) else None
+    states = _listed_states(files) if all(remote) else None
     return None if states is None else digest(states)
 
 
-def _listed_states(files: Sequence[str], options: dict | None) -> list[tuple | None] | None:
+def _listed_states(files: Sequence[str]) -> list[tuple | None] | None:
     """The states of remote files; None where listings do not give them."""
     folders: dict[str, int] = {}
     for file in files:
@@ -34,18 +34,18 @@ def _listed_states(files: Sequence[str], options: dict | None) -> list[tuple | N
         return None
     listed: dict[str, tuple] = {}
     for folder in folders:
-        found = _listing(folder, options)
+        found = _listing(folder)
         if found is None:
             return None
         listed.update(found)
     return [listed.get(file) for file in files]
 
 
-def _listing(folder: str, options: dict | None) -> dict[str, tuple] | None:
+def _listing(folder: str) -> dict[str, tuple] | None:
     """URL -> state of the files of a remote folder; None where the store does not give them."""
     found = {}
     try:
-        files, path = file_system(folder, options)
+        files, path = file_system(folder)
         for about in files.ls(path, detail=True):
             if about.get("type") == "directory":
                 continue

@@ -23,7 +23,7 @@ from dataset.sources.shard_columns import (
     plain_name,
     with_columns,
 )
-from dataset.sources.shard_list import Shards, find_shards, shared_shards
+from dataset.sources.shard_list import Shards, shared_shards
 from dataset.sources.tables import Columns
 from dataset.sources.tar import LOST, SIDE_BY_SIDE, Sample, TarWalk, read_samples
 from dataset.sources.tfrecord import is_tfrecord, parse_example, read_frames
@@ -34,13 +34,9 @@ Piece = tuple[str, int, int]  # a shard, and which of how many strides of its sa
 class ShardSource:
     """Samples of tar or TFRecord shards in shuffled order.
 
-    shards: what `find_shards` found; or paths, folders or URLs (s3://, gs://, http:// through
-    fsspec), with braces {00000..00099}, {a,b} and globs, for `find_shards` to look up. Where several
-    processes train, `shared_shards` asks once for all.
     build: makes a sample of a record, a dict with `image` (encoded bytes), `caption`, `key`
     ("shard/key") and the remaining members as bytes under their extension, or the remaining
     features as lists under their name; raises BadSample to drop it.
-    samples: how many there are, where they shall not be counted.
     group: shards a worker reads side by side. shuffle_buffer: encoded samples it permutes at a
     time.
 
@@ -56,19 +52,14 @@ class ShardSource:
 
     def __init__(
         self,
-        shards: str | Sequence[str] | Shards,
+        shards: Shards,
         build,
-        samples: int | None = None,
-        name: str | None = None,
         group: int = 4,
         shuffle_buffer: int = 1000,
-        storage_options: dict | None = None,
     ):
-        if not isinstance(shards, Shards):
-            shards = find_shards(shards, samples, storage_options)
         self.found = shards
         self.shards = shards.names
-        self.name = name or shards.name
+        self.name = shards.name
         self.samples = shards.samples
         self.build = build
         self.group = group
@@ -170,9 +161,7 @@ class ShardSource:
     def _interleaved(self, group: list[Piece]) -> Iterator[object]:
         """One record of each shard in turn, until all are exhausted."""
         readers = [
-            islice(
-                read_shard(shard, self.found.options, self.found.expected(shard)), part, None, of
-            )
+            islice(read_shard(shard, self.found.expected(shard)), part, None, of)
             for shard, part, of in group
         ]
         while readers:
@@ -214,20 +203,18 @@ def shard_sources(
     return sources
 
 
-def read_shard(
-    shard: str, options: dict | None = None, expected: int | None = None
-) -> Iterator[dict | BadSample]:
+def read_shard(shard: str, expected: int | None = None) -> Iterator[dict | BadSample]:
     """The records of one shard in order; what is wrong with the shard or a record comes as a
     BadSample in its place.
 
-    options: of fsspec. expected: samples of the shard, by which a BadSample for the rest of it
+    expected: samples of the shard, by which a BadSample for the rest of it
     counts; where fewer have come than these, another one at the end counts the missing.
     """
     shard, columns = plain_name(shard), columns_of(shard)
     counted = 0  # samples that were given or reported lost
     with ExitStack() as stack:
         try:
-            file, size = stack.enter_context(plain_stream(shard, options))
+            file, size = stack.enter_context(plain_stream(shard))
         except UserError:
             raise
         except Exception as error:  # every storage service raises its own

@@ -201,7 +201,7 @@ def settings_of(config: Config) -> tuple:
 
 def main(config: Config) -> None:
     check_folder_option(config.target, "--target")
-    shards = list_shards(config.source, {})
+    shards = list_shards(config.source)
     targets = targets_of(shards, config)
     there = shards_below(config.target) if config.target.is_dir() else []
     others = set(there) - {str(target) for target in targets}

@@ -10,6 +10,7 @@ import torch
 from base.distributed import World
 from base.errors import BadSample
 from dataset.loading.stream import RecordSource, Stream
+from dataset.sources.shard_list import find_shards
 from dataset.sources.shards import ShardSource
 
 
@@ -75,7 +76,7 @@ def write_shards(folder, sizes, first=0):
 
 def shards(folder, sizes, bad=(), first=0, **options):
     options = {"group": 2, "shuffle_buffer": 7} | options
-    return ShardSource(write_shards(folder, sizes, first), Build(bad), **options)
+    return ShardSource(find_shards(write_shards(folder, sizes, first)), Build(bad), **options)
 
 
 def stream(*sources, weights=None):

@@ -9,7 +9,7 @@ import pytest
 
 from base.errors import BadSample, UserError
 from dataset.loading.stream import StreamLoader
-from dataset.sources.shard_list import expand_braces, list_shards, samples_of
+from dataset.sources.shard_list import expand_braces, find_shards, list_shards, samples_of
 from dataset.sources.shards import ShardSource, read_shard
 from tests.contract.stream_cases import Build, shards, stream, world, write_shard, write_shards
 
@@ -35,24 +35,24 @@ def test_lists_globs_braces_folders(tmp_path):
     braces = write_shards(tmp_path / "x", (2, 2, 2))
     write_shard(tmp_path / "y.tar", [7])
     three = [str(tmp_path / "x" / f"0000{n}.tar") for n in range(3)]
-    assert list_shards(braces, {}) == list_shards(f"{tmp_path}/x/*.tar", {}) == three
-    assert list_shards(str(tmp_path), {}) == [*three, str(tmp_path / "y.tar")]
+    assert list_shards(braces) == list_shards(f"{tmp_path}/x/*.tar") == three
+    assert list_shards(str(tmp_path)) == [*three, str(tmp_path / "y.tar")]
     for missing in (f"{tmp_path}/x/{{00000..00003}}.tar", f"{tmp_path}/z*.tar"):
         with pytest.raises(UserError, match="no such shard"):
-            list_shards(missing, {})
+            list_shards(missing)
 
 
 def test_counts(tmp_path):
     source = shards(tmp_path, (3, 4))
-    assert len(source) == 7 and sum(samples_of(source.shards, {})) == 7
+    assert len(source) == 7 and sum(samples_of(source.shards)) == 7
     (tmp_path / "00000_stats.json").write_text('{"successes": 30}')
-    assert len(ShardSource(str(tmp_path), Build())) == 34
-    assert len(ShardSource(str(tmp_path), Build(), samples=99)) == 99
+    for stated, samples in ((None, 34), (99, 99)):
+        assert len(ShardSource(find_shards(str(tmp_path), stated), Build())) == samples
 
 
 def test_members_of_a_sample(tmp_path):
     write_shard(tmp_path / "a.tar", [3, 4])
-    first, second = read_shard(str(tmp_path / "a.tar"), {})
+    first, second = read_shard(str(tmp_path / "a.tar"))
     assert first["key"] == f"{tmp_path}/a.tar/000000003"
     assert (
         first["image"] == b"image" * 100
@@ -60,14 +60,14 @@ def test_members_of_a_sample(tmp_path):
         and json.loads(second["json"]) == {"n": 4}
     )
     write_shard(tmp_path / "b.tar", [5], members=("txt", "json"))
-    (bad,) = read_shard(str(tmp_path / "b.tar"), {})
+    (bad,) = read_shard(str(tmp_path / "b.tar"))
     assert isinstance(bad, BadSample) and "no image" in str(bad)
     with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as tar:
         for name in ("one/k.jpg", "one/k.txt", "two/k.JPG", "two/k.seg.png", "README"):
             file = tmp_path / name.replace("/", "_")
             file.write_bytes(name.encode())
             tar.add(file, name)
-    one, two = read_shard(str(tmp_path / "c.tar.gz"), {})
+    one, two = read_shard(str(tmp_path / "c.tar.gz"))
     assert one["key"].endswith("c.tar.gz/one/k") and one["caption"] == "one/k.txt"
     assert two["image"] == b"two/k.JPG" and two["seg.png"] == b"two/k.seg.png"
 
@@ -75,11 +75,11 @@ def test_members_of_a_sample(tmp_path):
 @pytest.mark.parametrize("cut", [0, 300, 512, 700, 1024, 5000, 6144, -1024 * 9])
 def test_a_cut_shard_is_one_bad_sample(tmp_path, cut):
     write_shard(tmp_path / "a.tar", range(8))
-    whole = list(read_shard(str(tmp_path / "a.tar"), {}))
+    whole = list(read_shard(str(tmp_path / "a.tar")))
     assert len(whole) == 8 and not any(isinstance(record, BadSample) for record in whole)
     data = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(data[:cut])
-    *good, bad = read_shard(str(tmp_path / "a.tar"), {})
+    *good, bad = read_shard(str(tmp_path / "a.tar"))
     assert good == whole[: len(good)] and isinstance(bad, BadSample) and "a.tar" in str(bad)
 
 
@@ -89,26 +89,26 @@ def test_damage_in_the_middle_is_noticed(tmp_path):
     header = 512 * 5 * 4  # jpg 1 + 2, txt 1 + 1 and json 1 + 1 blocks: seven per sample
     data[header : header + 3000] = b"\xff" * 3000
     (tmp_path / "a.tar").write_bytes(data)
-    records = list(read_shard(str(tmp_path / "a.tar"), {}))
+    records = list(read_shard(str(tmp_path / "a.tar")))
     captions = [None if isinstance(each, BadSample) else each["caption"] for each in records]
     assert captions == ["0", "1", "2", None, None, "5", "6", "7"]
     (tmp_path / "b.tar").write_bytes(b"")
     (tmp_path / "c.tar").write_bytes(b"\0" * 10240)
     for name in ("b.tar", "c.tar", "missing.tar"):
-        (bad,) = read_shard(str(tmp_path / name), {})
+        (bad,) = read_shard(str(tmp_path / name))
         assert isinstance(bad, BadSample) and name in str(bad)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_stream_goes_on_with_the_next_shard(tmp_path, workers):
-    source = shards(tmp_path, (10,) * 6, name="web")
+    source = shards(tmp_path, (10,) * 6)
     for name in ("00002.tar", "00004.tar"):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:8000])
     loader = StreamLoader(stream(source), 4, workers, error_budget=0.5)
     seen = Counter(numbers(loader, 24))
     loader.close()
     assert set(range(10)) | set(range(30, 40)) < set(seen) and 29 not in seen
-    assert loader.errors["web"] >= 16  # all that is missing of both, though read as one each
+    assert loader.errors[source.name] >= 16  # all that is missing of both, though read as one each
     loader = StreamLoader(stream(source), 4, workers)
     with pytest.raises(UserError, match=r"0000[24].tar.* is lost"):
         numbers(loader, 100)
@@ -144,10 +144,9 @@ def test_object_storage(tmp_path, s3, monkeypatch):
     files = s3fs.S3FileSystem()
     files.mkdir("pairs")
     files.put(f"{tmp_path}/*", "pairs/web/")
-    assert list_shards("s3://pairs/web/*.tar", {}) == [
-        f"s3://pairs/web/0000{n}.tar" for n in range(3)
-    ]
-    remote = ShardSource("s3://pairs/web/{00000..00002}.tar", Build(), group=2, shuffle_buffer=7)
+    assert list_shards("s3://pairs/web/*.tar") == [f"s3://pairs/web/0000{n}.tar" for n in range(3)]
+    remote = find_shards("s3://pairs/web/{00000..00002}.tar")
+    remote = ShardSource(remote, Build(), group=2, shuffle_buffer=7)
     assert len(remote) == len(local) == 23
     for workers in (0, 2):
         ours = StreamLoader(stream(remote), 4, workers, seed=3)
@@ -155,7 +154,7 @@ def test_object_storage(tmp_path, s3, monkeypatch):
         assert numbers(ours, 12) == numbers(theirs, 12)
         ours.close(), theirs.close()
     with pytest.raises(UserError, match="no such shard"):
-        list_shards("s3://pairs/none*.tar", {})
+        list_shards("s3://pairs/none*.tar")
     files.pipe("pairs/web/00001.tar", files.cat("pairs/web/00001.tar")[:4000])
     loader = StreamLoader(stream(remote), 4, 0, seed=3, error_budget=0.5)
     numbers(loader, 12)

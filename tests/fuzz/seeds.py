@@ -304,7 +304,7 @@ def shard(path: Path) -> Any:
     """The records of a shard, and what damage took."""
     from dataset.sources.shards import read_shard
 
-    return list(read_shard(str(path), None, SAMPLES))
+    return list(read_shard(str(path), SAMPLES))
 
 
 def shard_index(path: Path) -> Any:

@@ -86,7 +86,7 @@ def test_tokens(tmp_path):
 
 def test_training_records():
     meta, t = golden("align", "train_toy")
-    samples = list(read_shard(str(golden_file("align", "train_toy.tfrecord")), {}))
+    samples = list(read_shard(str(golden_file("align", "train_toy.tfrecord"))))
     same("align records", "captions", [sample["caption"] for sample in samples], meta["captions"])
     for number, sample in enumerate(samples):
         compare_jpeg("training images", decode_image(sample["image"]), t[f"image.{number}"])
@@ -101,7 +101,7 @@ def compare_jpeg(quantity: str, ours: torch.Tensor, theirs: torch.Tensor) -> Non
 
 def test_retrieval_records():
     meta, t = golden("align", "retrieval_toy")
-    records = list(read_shard(str(golden_file("align", "retrieval_toy.tfrecord")), {}))
+    records = list(read_shard(str(golden_file("align", "retrieval_toy.tfrecord"))))
     for number, (found, expected) in enumerate(zip(records, meta["records"], strict=True)):
         same("align records", "image id", found["image/id"], [expected["id"]])
         same("align records", "caption ids", found["captions/id"], expected["caption_ids"])

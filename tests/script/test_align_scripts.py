@@ -124,7 +124,7 @@ def test_two_processes_are_one(digitscenes, tmp_path):
 
 
 def test_broken_records_are_counted(digitscenes, tmp_path):
-    records = list(read_shard(str(next((digitscenes / "tfrecord/train").iterdir())), {}))[:40]
+    records = list(read_shard(str(next((digitscenes / "tfrecord/train").iterdir()))))[:40]
     examples = [encode_example({"jpg": r["image"], "txt": r["caption"]}) for r in records]
     write_records(tmp_path / "a.tfrecord", examples)
     data = bytearray((tmp_path / "a.tfrecord").read_bytes())
@@ -264,8 +264,8 @@ def test_packing_a_retrieval_set(digitscenes, tmp_path, capsys):
     entry = Entry("packed", "webdataset", str(tmp_path / "wds"))
     opened = open_set(entry, Prompts(), tmp_path / "cache", None)
     assert len(opened.images) == 24 and opened.images.captions[0] == rows[0]["sentences"][0]["raw"]
-    records = list(read_shard(str(tmp_path / "test.tfrecord"), {}))
-    packed = list(read_shard(str(tmp_path / "wds/test/0.tar"), {}))
+    records = list(read_shard(str(tmp_path / "test.tfrecord")))
+    packed = list(read_shard(str(tmp_path / "wds/test/0.tar")))
     assert len(rows) == len(records) == len(packed) == 24
     for row, record, tar in zip(rows, records, packed, strict=True):
         captions = [sentence["raw"] for sentence in row["sentences"]]

@@ -233,7 +233,7 @@ def test_names_with_dots_are_packed_and_read_back(tmp_path):
     target.mkdir()
     config = PackConfig(tmp_path / "captions_x.json", tmp_path / "images", target)
     assert pack(config)["images"] == 4
-    found = [record["caption"] for record in read_shard(str(target / "00000.tar"), {})]
+    found = [record["caption"] for record in read_shard(str(target / "00000.tar"))]
     assert found == list(names)
 
 
@@ -245,7 +245,7 @@ def test_karpathys_records_train(tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps({"images": [entry]}))
     rows = pack_karpathy.rows_of(tmp_path / "dataset.json", tmp_path, "test")
     assert pack_karpathy.write_tfrecord(rows, tmp_path / "out/test.tfrecord") == 1
-    (record,) = read_shard(str(tmp_path / "out/test.tfrecord"), {})
+    (record,) = read_shard(str(tmp_path / "out/test.tfrecord"))
     assert captions_of(record) == ["a dog", "un chien"] and image_of(record).shape == (3, 8, 8)
     sample = ImageTextPair(lambda image: (image, None), TextViews(TextOptions()))(record)
     assert sample["texts"][0] in ("a dog", "un chien")

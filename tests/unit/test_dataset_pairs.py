@@ -17,6 +17,7 @@ from dataset.images.albef import PretrainTransform, TestTransform, TrainTransfor
 from dataset.images.block_mask import BlockMask
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.sources.records import Records
+from dataset.sources.shard_list import find_shards
 from dataset.sources.shards import ShardSource
 from dataset.tasks import pretrain
 from dataset.tasks.pretrain import CodeCache, PretrainCollate, PretrainPair, write_codes
@@ -95,7 +96,7 @@ def test_pretraining_batches_from_shards(folder):
                 if not (number == 7 and kind == "txt"):
                     tar.addfile(member, io.BytesIO(data))
     build = PretrainPair(PretrainTransform(64, 32), patch_mask=BlockMask(4))
-    source = ShardSource(str(folder / "00000.tar"), build, samples=12, name="web")
+    source = ShardSource(find_shards(str(folder / "00000.tar"), 12), build)
     loader = StreamLoader(
         Stream([source], PretrainCollate(Tokenizer(folder))), 5, 0, error_budget=0.5
     )

@@ -492,7 +492,7 @@ def test_web_caption_sets(root, scenes):
     assert len(short) == len(list((root / "imagefolder/train").rglob("*.jpg")))
     assert (root / "tfrecord/alt_texts/00000.tfrecord").read_bytes().count(b"JFIF") == len(short)
     texts = {}
-    for record in read_shard(str(root / "tfrecord/alt_texts/00000.tfrecord"), {}):
+    for record in read_shard(str(root / "tfrecord/alt_texts/00000.tfrecord")):
         texts.setdefault(record["caption"].split(" ")[-1], set()).add(
             record["caption"].rpartition(" ")[0]
         )

@@ -162,7 +162,7 @@ def test_names_of_files_need_not_be_utf_8(tmp_path):
     assert [record["image"].name for record in records] == ["a.jpg", f"{latin_1}.jpg"]
     assert all(decode_image(record["image"]).shape == (3, 12, 16) for record in records)
     members = [(f"{latin_1}.jpg", encoded()), (f"{latin_1}.txt", b"x")]
-    source = ShardSource(str(tar(tmp_path / "0.tar", members)), dict)
+    source = ShardSource(find_shards(str(tar(tmp_path / "0.tar", members))), dict)
     _, record, _ = next(source.read(0, 0, 1, source.start(0, 0, 1)))
     assert record["key"].endswith(f"0.tar/{latin_1}") and record["caption"] == "x"
 
@@ -279,7 +279,7 @@ def test_a_tfrecord_that_is_cut_off_is_not_whole_in_silence(tmp_path):
     write_records(shard, [encode_example({"jpg": encoded(), "txt": "x"})] * 3)
     shard.write_bytes(shard.read_bytes()[:-5])
     found = find_shards(str(shard))
-    *good, bad = read_shard(str(shard), {}, found.expected(str(shard)))
+    *good, bad = read_shard(str(shard), found.expected(str(shard)))
     assert found.samples == 3 and len(good) == 2
     assert isinstance(bad, BadSample) and "cut off" in str(bad)
 
@@ -518,7 +518,7 @@ def test_images_of_karpathys_file(tmp_path, form, change, said, capsys):
         assert re.search(said, text)
     else:
         shard = out if form == "tfrecord" else out / "test/0.tar"
-        (record,) = read_shard(str(shard), {})
+        (record,) = read_shard(str(shard))
         assert as_list(captions_of(record)) == ["x"]
 
 

@@ -9,6 +9,7 @@ from dataset.health.start import look_over
 from dataset.loading.filtered import Filtered
 from dataset.loading.stream import RecordSource, StreamLoader
 from dataset.sources.records import Records
+from dataset.sources.shard_list import find_shards
 from dataset.sources.shards import ShardSource
 from dataset.sources.tar_writer import write_shard
 from dataset.tasks.captions import CaptionCollate
@@ -108,7 +109,7 @@ def test_shards_on_this_machine_are_looked_at_and_others_left_alone(tmp_path):
     text = b"word " * 90
     samples = [(f"{n}", {"png": encoded(20), "txt": text}) for n in range(6)]
     write_shard(tmp_path / "0.tar", samples)
-    source = ShardSource(str(tmp_path / "0.tar"), Pair(""), samples=6)
+    source = ShardSource(find_shards(str(tmp_path / "0.tar"), 6), Pair(""))
     lines = look_over([source], CaptionCollate(ClipTokenizer()), {})
     assert "100% of captions exceed 77 tokens" in lines[0] and "6 of 6 images are under" in lines[0]
     source.shards = ["s3://nobody/0.tar"]

@@ -41,7 +41,7 @@ class Store:
         folder = {"name": "bucket/older", "size": 0, "type": "directory"}
         return [folder, *({"name": name, **about} for name, about in self.files.items())]
 
-    def statistics(self, name, options):
+    def statistics(self, name):
         with self.lock:
             self.reads[name] += 1
         return b'{"successes": 10000}'
@@ -57,7 +57,7 @@ class Store:
 @pytest.fixture
 def store(monkeypatch, request):
     store = Store(request.param)
-    monkeypatch.setattr(shard_states, "file_system", lambda url, options: (store, url))
+    monkeypatch.setattr(shard_states, "file_system", lambda url: (store, url))
     monkeypatch.setattr(shard_list, "read_file", store.statistics)
     return store
 
@@ -149,7 +149,7 @@ def test_the_order_of_an_epoch_takes_little_memory_and_work_in_proportion(source
 def test_half_way_through_an_epoch_a_resumed_worker_opens_one_group(source, monkeypatch):
     opened: list[str] = []
 
-    def read(shard, options, expected):
+    def read(shard, expected):
         opened.append(shard)
         assert expected == SAMPLES
         for number in range(40):

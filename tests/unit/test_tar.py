@@ -13,7 +13,7 @@ from base.errors import BadSample, UserError
 from dataset.sources import tar as tars
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import count_of, find_shards, list_shards
-from dataset.sources.shards import ShardSource, read_shard
+from dataset.sources.shards import read_shard
 from dataset.sources.tar import Damage, TarWalk, read_samples, split_key
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT}
@@ -140,7 +140,7 @@ def test_no_damage_loses_samples_silently(kind, seed, tmp_path):
         else:
             del data[block : block + 512]
         path.write_bytes(data)
-        records = list(read_shard(str(path), None, total))
+        records = list(read_shard(str(path), total))
         bad = [each for each in records if isinstance(each, BadSample)]
         good = [each for each in records if not isinstance(each, BadSample)]
         incomplete = sum("caption" not in record for record in good)  # bad when it is built
@@ -223,7 +223,7 @@ def test_hostile_members_are_bad_samples(case, compressed, tmp_path):
         path = tmp_path / "a.tar.gz"
         path.write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
     begin = time.monotonic()
-    records = list(read_shard(str(path), None, 3))
+    records = list(read_shard(str(path), 3))
     assert time.monotonic() - begin < 5
     bad = [each for each in records if isinstance(each, BadSample)]
     good = [each["caption"] for each in records if not isinstance(each, BadSample)]
@@ -241,7 +241,7 @@ def test_sparse_files_and_bombs_are_not_read(tmp_path, monkeypatch):
     assert "0: '0.jpg': 5242880 bytes, the limit is 1048576" in str(bad) and good["image"] == b"1"
     members = [("1.jpg", b"1"), ("2.jpg", b"2"), ("0.jpg", bytes(5 << 20))]
     write(tmp_path / "b.tar.gz", members, mode="w:gz")
-    *good, bad = read_shard(str(tmp_path / "b.tar.gz"), None, 9)
+    *good, bad = read_shard(str(tmp_path / "b.tar.gz"), 9)
     assert len(good) == 2 and "the limit is" in str(bad) and bad.lost == 7
     monkeypatch.setattr(tars, "ZERO_BYTES", 1 << 16)
     (tmp_path / "c.tar.gz").write_bytes(gzip.compress(bytes(1 << 22)))
@@ -263,7 +263,7 @@ def test_evaluation_refuses_what_expands_without_measure(tmp_path):
 def test_compressed_shards_train_and_evaluate(mode, tmp_path):
     path = write(tmp_path / f"a.tar.{mode}", samples(5), mode=f"w:{mode}")
     assert keys_by_every_way_compressed(path) == [f"{n:04d}" for n in range(5)]
-    assert len(ShardSource(str(path), dict)) == 5
+    assert find_shards(str(path)).samples == 5
     assert list_shards(str(tmp_path)) == [str(path)]
 
 

@@ -86,12 +86,10 @@ def weights_digest(state: Mapping[str, Any]) -> str:
     return found.hexdigest()[:32]
 
 
-def cached_path(
-    source: str | Path, suffix: str, *parts: object, folder: str | Path | None = None
-) -> Path:
+def cached_path(source: str | Path, suffix: str, *parts: object) -> Path:
     """Where to keep what is made of the file `source`: its name changes with the file and `parts`."""
     key = digest(CACHE_VERSION, file_state(source), *parts)
-    return cache_folder(folder) / f"{Path(source).stem}-{key}{suffix}"
+    return cache_folder() / f"{Path(source).stem}-{key}{suffix}"
 
 
 @contextmanager

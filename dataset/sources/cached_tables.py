@@ -25,9 +25,7 @@ from dataset.sources.tables import (
 TABLE_VERSION = 4  # part of the key of cached tables: raise it when cells are read otherwise
 
 
-def json_lines_of(
-    address: str | Path, required: Sequence[str], cache_dir: str | Path | None = None
-) -> Path:
+def json_lines_of(address: str | Path, required: Sequence[str]) -> Path:
     """The JSON lines file made of a table or folder, from the cache where nothing has changed;
     any other file as it is.
 
@@ -35,9 +33,9 @@ def json_lines_of(
     """
     path, columns = parse_address(address)
     if not is_table(address):
-        return _of_published(path, cache_dir)
+        return _of_published(path)
     if is_hub(path):
-        path = local_copy(path, cache_dir)
+        path = local_copy(path)
     if columns and not (path.suffix.lower() in (*TABLES, *JSON) or path.is_dir()):
         raise UserError(f"{address}: only tables and JSON have columns; name the file alone")
     if not (path.exists() or parquet_files(path)):
@@ -45,26 +43,32 @@ def json_lines_of(
     if path.exists() and not (path.is_dir() or path.is_file()):
         raise UserError(f"{path}: not a regular file; name a table or a folder")
     key = (TABLE_VERSION, sorted(required), sorted(columns.items()), path_state(path))
-    target = cache_folder(cache_dir) / f"{path.stem.replace('*', '')}-{digest(*key)}.jsonl"
+    target = cache_folder() / f"{path.stem.replace('*', '')}-{digest(*key)}.jsonl"
 
-    def rows() -> Iterator[dict]:
-        left_out = LeftOut(path)
-        found = encoded_rows(address, path, required, target.parent)
+    def rows(left_out: LeftOut) -> Iterator[dict]:
+        found = encoded_rows(address, path, required)
         found = found or rows_of(path, required, columns, left_out)
-        return left_out.kept_behind(_bounded(found, path, left_out), target)
+        return _bounded(found, path, left_out)
 
-    _write_once(target, rows)
+    return made_once(target, path, rows)
+
+
+def made_once(target: Path, source: Path, rows: Callable[[LeftOut], Iterable[dict]]) -> Path:
+    """The cached JSON lines file of a list's rows, whose unusable entries go to the LeftOut; said once
+    a run. UserError."""
+    left_out = LeftOut(source)
+    _write_once(target, lambda: left_out.kept_behind(rows(left_out), target))
     report_left_out(target)
     return target
 
 
-def _of_published(path: Path, cache_dir: str | Path | None) -> Path:
+def _of_published(path: Path) -> Path:
     """The list that is made of a file as its makers publish it; any other file as it is."""
     rows = rows_as_published(path)
     if rows is None:
         return path
     key = (TABLE_VERSION, path_state(path), path_state(answers_beside(path)))
-    target = cache_folder(cache_dir) / f"{path.stem}-{digest(*key)}.jsonl"
+    target = cache_folder() / f"{path.stem}-{digest(*key)}.jsonl"
     _write_once(target, lambda: rows)
     return target
 
@@ -79,9 +83,7 @@ def _write_once(target: Path, rows: Callable[[], Iterator[dict]]) -> None:
         raise UserError(f"{target}: not written ({error}); set QUINTET_CACHE") from None
 
 
-def encoded_rows(
-    address: str | Path, path: Path, required: Sequence[str], cache: Path
-) -> Iterator[dict] | None:
+def encoded_rows(address: str | Path, path: Path, required: Sequence[str]) -> Iterator[dict] | None:
     """The rows of a table that holds the encoded images themselves, which become files in the cache;
     None for any other."""
     if is_hub(str(parse_address(address).path)):
@@ -90,7 +92,7 @@ def encoded_rows(
         table = encoded_table(str(address), dict.fromkeys(("image", *required)))
     except UserError:  # which names the faults of reading it as any table again
         return None
-    folder = cache / f"{path.stem.replace('*', '')}-images-{digest(path_state(path))}"
+    folder = cache_folder() / f"{path.stem.replace('*', '')}-images-{digest(path_state(path))}"
     return table and with_image_files(table, folder)
 
 

@@ -33,7 +33,7 @@ def is_hub(address: str | Path) -> bool:
     return str(address).startswith("hf:/")
 
 
-def local_copy(address: str | Path, cache_dir: str | Path | None = None) -> Path:
+def local_copy(address: str | Path) -> Path:
     """The JSON lines file of a split, made at its first use. UserError."""
     found = ADDRESS.fullmatch(str(address))
     if found is None:
@@ -43,7 +43,7 @@ def local_copy(address: str | Path, cache_dir: str | Path | None = None) -> Path
     own, _, configuration = rest.partition("/")
     name = f"{user}/{own}" if own else user
     split = split or "train"
-    folder = cache_folder(cache_dir) / f"hub-{own or user}-{digest(name, configuration, split)}"
+    folder = cache_folder() / f"hub-{own or user}-{digest(name, configuration, split)}"
     try:
         with one_builder(folder):
             if not (folder / ENTRIES).is_file():

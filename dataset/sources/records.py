@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from base.caches import cache_folder, cached_path, digest, one_builder, states_digest
+from base.caches import cached_path, digest, one_builder, states_digest
 from base.errors import UserError, brief
 from base.reading import parse_entry, parse_first_entry
 from base.text import as_list, whole_number
@@ -86,7 +86,7 @@ class Records(Sequence):
     files, or in tables and folders (see `dataset.sources.tables`).
 
     The first use of a file checks every entry and stores where each usable one begins, 8 bytes each,
-    under `cache_dir` ($QUINTET_CACHE, else ~/.cache/quintet), keyed by path, size, time of change
+    in the cache ($QUINTET_CACHE, else ~/.cache/quintet), keyed by path, size, time of change
     and required fields. File and index are memory-mapped: all processes of a machine share one
     copy, and pickling sends only the paths.
 
@@ -98,17 +98,15 @@ class Records(Sequence):
         self,
         paths: str | Path | Sequence[str | Path],
         required: Sequence[str] = ("image", "caption"),
-        cache_dir: str | Path | None = None,
     ):
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         if not paths:
             raise UserError("no annotation file given; name at least one")
-        self._arguments = (paths, tuple(required), cache_dir)
-        cache_dir = cache_folder(cache_dir)
+        self._arguments = (paths, tuple(required))
         self._files = []
         for path in paths:
-            lines = json_lines_of(path, required, cache_dir).absolute()
-            self._files.append(_IndexedFile(lines, required, cache_dir, str(path)))
+            lines = json_lines_of(path, required).absolute()
+            self._files.append(_IndexedFile(lines, required, str(path)))
         self._ends = list(accumulate(map(len, self._files)))
 
     def __len__(self) -> int:
@@ -152,7 +150,7 @@ def image_names(row: dict) -> list[str]:
 class _IndexedFile:
     """One annotation file and its index, both memory-mapped."""
 
-    def __init__(self, path: Path, required: Sequence[str], cache_dir: Path, name: str):
+    def __init__(self, path: Path, required: Sequence[str], name: str):
         if not path.is_file():
             raise UserError(f"{path}: no such annotation file; check the name in the configuration")
         if path.suffix in PICKLES:
@@ -160,14 +158,14 @@ class _IndexedFile:
                 f"{path}: a pickle is no list of annotations; make JSON of REFER's refs(unc).p with "
                 "scripts/data/convert_expressions.py, of metadata with convert_metadata.py"
             )
-        self._index = _index_of(path, required, cache_dir, name)
+        self._index = _index_of(path, required, name)
         self._required = required
         self._path, self._has_gaps = path, has_left_out(self._index)
         self._data = _map(path)
         self._starts = _starts_in(self._index, self._data)
         if self._starts is None:  # damaged: made again
             self._index.unlink()
-            self._starts = _starts_in(_index_of(path, required, cache_dir, name), self._data)
+            self._starts = _starts_in(_index_of(path, required, name), self._data)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -213,14 +211,13 @@ def _map(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _index_of(path: Path, required: Sequence[str], cache_dir: Path, name: str) -> Path:
+def _index_of(path: Path, required: Sequence[str], name: str) -> Path:
     """The file of entry starts (native uint64), made if it is not there yet."""
     if not path.stat().st_size:
         raise UserError(f"{path}: empty file; {EXPECTED}")
-    index = cached_path(path, ".index", sorted(required), folder=cache_dir)
+    index = cached_path(path, ".index", sorted(required))
     if not index.exists():
         try:
-            cache_dir.mkdir(parents=True, exist_ok=True)
             with one_builder(index):
                 if not index.exists():
                     _write_index(path, required, index, name)

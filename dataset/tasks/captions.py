@@ -23,10 +23,10 @@ from base.errors import BadSample, UserError, brief, unknown
 from base.knobs import knob
 from base.reading import first_letter, read_json
 from base.text import as_list, id_text
-from base.writing import write_json_lines
 from dataset.images.clip import ImageViews
 from dataset.loading.stream import RecordSource
-from dataset.sources.left_out import LeftOut, report_left_out
+from dataset.sources.cached_tables import made_once
+from dataset.sources.left_out import LeftOut
 from dataset.sources.records import Records, published_remedy
 from dataset.sources.shards import shard_sources
 from dataset.sources.tables import is_table
@@ -62,13 +62,8 @@ def caption_records(
         )
     if kind == "pairs" or path.suffix.lower() == ".jsonl":
         return Records(path)
-    converted = cached_path(path, ".jsonl", kind)
-    if not converted.exists():
-        left_out = LeftOut(path)
-        rows = metadata_rows(kind, path, read_plain, left_out)
-        write_json_lines(converted, left_out.kept_behind(rows, converted))
-    report_left_out(converted)
-    return Records(converted)
+    rows = partial(metadata_rows, kind, path, read_plain)
+    return Records(made_once(cached_path(path, ".jsonl", kind), path, rows))
 
 
 def metadata_rows(

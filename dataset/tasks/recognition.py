@@ -8,6 +8,7 @@ scripts/data/extract_nouns.py made of the captions.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,13 +19,13 @@ from base.errors import BadSample, UserError, brief
 from base.pixels import OPENAI, timm_statistics
 from base.reading import read_lines
 from base.text import as_list, is_blank
-from base.writing import write_json_lines
 from dataset.images.albef import random_box
 from dataset.images.clip import EvalView, crop_resize, pixel_statistics
 from dataset.images.decode import check_image_root, decode_image
 from dataset.loading.filtered import Filtered
 from dataset.loading.stream import RecordSource, Stream
-from dataset.sources.left_out import LeftOut, report_left_out
+from dataset.sources.cached_tables import made_once
+from dataset.sources.left_out import LeftOut
 from dataset.sources.records import Records
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import list_shards
@@ -292,12 +293,7 @@ def label_records(path: str | Path) -> Records:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such list; each line is `path : name,name,...`")
-    converted = cached_path(path, ".jsonl", "labels")
-    if not converted.exists():
-        left_out = LeftOut(path)
-        rows = read_list(path, left_out)
-        write_json_lines(converted, left_out.kept_behind(rows, converted))
-    report_left_out(converted)
+    converted = made_once(cached_path(path, ".jsonl", "labels"), path, partial(read_list, path))
     return Records(converted, required=("image", "labels"))
 
 

@@ -15,7 +15,7 @@ def test_indexing_and_reading_take_bounded_memory(tmp_path, monkeypatch):
     )
     tracemalloc.start()
     try:
-        records = Records(path, cache_dir=tmp_path)
+        records = Records(path)
         assert sum(len(record["caption"]) for record in records) == 20_000 * 180
         kept, peak = tracemalloc.get_traced_memory()
     finally:

@@ -376,18 +376,18 @@ def test_labels_of_a_table(tmp_path):
 
 def test_spreadsheets_write_utf_16(tmp_path):
     (tmp_path / "t.csv").write_bytes("image,caption\n0.png,caf\u00e9\n".encode("utf-16"))
-    assert Records(tmp_path / "t.csv", cache_dir=tmp_path)[0]["caption"] == "caf\u00e9"
+    assert Records(tmp_path / "t.csv")[0]["caption"] == "caf\u00e9"
 
 
 def test_half_an_emoji_in_a_table(tmp_path):
     (tmp_path / "t.csv").write_bytes(b"image,caption\n0.png,a dog \xed\xa0\xbd\n")
-    assert Records(tmp_path / "t.csv", cache_dir=tmp_path)[0]["caption"] == "a dog \ufffd"
+    assert Records(tmp_path / "t.csv")[0]["caption"] == "a dog \ufffd"
 
 
 def test_a_column_that_is_there_twice(tmp_path):
     (tmp_path / "t.csv").write_text("image,caption,caption\n0.png,a,b\n")
     with pytest.raises(UserError, match=r"t\.csv: two columns are called caption; rename one"):
-        Records(tmp_path / "t.csv", cache_dir=tmp_path)
+        Records(tmp_path / "t.csv")
 
 
 # ---- weights of captions

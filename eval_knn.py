@@ -214,8 +214,8 @@ def main(config: Config) -> None:
     banks = {}
     classes = len(names) or config.num_classes
     for split, found in images.items():
-        bank = bank_of(found, splits[split], encoder, in_words, config, world)
-        banks[split] = bank.of_classes(classes, splits[split])
+        banks[split] = bank_of(found, splits[split], encoder, in_words, config, world)
+        banks[split].check_labels(classes, splits[split])
     train, test = banks["train"], banks["test"]
     neighbours = nearest_neighbours(train, test, max(config.k), world)
     metrics = {"images": len(test), "train_images": len(train), "width": encoder.width}

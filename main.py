@@ -27,9 +27,9 @@ from base.errors import UserError
 from dataset.images.clip import ViewOptions
 from dataset.loading.eval import shard_indices
 from dataset.loading.stream import Stream, StreamLoader
-from dataset.sources.class_folder import ClassFolder, named_list
+from dataset.sources.class_folder import ClassFolder
 from dataset.tasks.captions import CaptionCollate, CaptionOptions, pair_sources
-from dataset.tasks.catalog import class_prompts, in_order_of
+from dataset.tasks.catalog import class_prompts, in_order_of, named_list
 from dataset.tasks.dual_inputs import (
     NormalizedBatches,
     eval_view,

@@ -37,6 +37,14 @@ def unknown(name: str, value: object, known: Iterable[str]) -> UserError:
     return UserError(f"{name} {value!r} is unknown; use {choices}")
 
 
+def no_such_class(place: object, label: int, classes: int) -> UserError:
+    """The error for a label of `place` that is none of so many classes."""
+    return UserError(
+        f"{place}: label {brief(label)} is outside the list of {classes} classes; give the right "
+        "--classes or --num-classes, or fix the label"
+    )
+
+
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 120
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from base import distributed
 from base.arrays import map_array
 from base.distributed import World
-from base.errors import UserError
+from base.errors import UserError, no_such_class
 from base.writing import remove_leftovers, replace_synced, temporary_beside, write_json
 from evaluation.predict import progress
 
@@ -27,16 +27,12 @@ class Bank(NamedTuple):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def of_classes(self, count: int, name: str) -> "Bank":
-        """Itself. UserError where a label of the data set `name` is beyond `count` classes, which may
-        be others than when the features were kept."""
+    def check_labels(self, count: int, name: str) -> None:
+        """UserError where a label of the data set `name` is beyond `count` classes, which may be
+        others than when the features were kept."""
         last = int(self.labels.max())
         if last >= count:
-            raise UserError(
-                f"{name}: label {last} is outside the list of {count} classes; give the right --classes "
-                "or --num-classes, or fix the label"
-            )
-        return self
+            raise no_such_class(name, last, count)
 
     def rows(self, first: int, last: int, device: torch.device) -> Tensor:
         """Features float32 [last-first,D] on `device`."""

@@ -4,7 +4,6 @@ training set; its weight decay given, or chosen on validation images as CLIP's."
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,45 +100,37 @@ def linear_probe(
     then has `probe_l2` and `probe_val` too. Computed by the first process alone: the same on any
     number.
     """
+    device = world.device
 
-    return distributed.on_main(
-        partial(_probe, train, queries, classes, world.device, l2, iterations, val, val_fraction)
-    )
+    def fitted_to(parts: Sequence[Selection], value: float) -> Probe:
+        return fit(parts, classes, device, value, iterations)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def figures() -> dict[str, float]:
+        found = {}
+        parts = [Selection(train)]
+        chosen = l2
+        if val is not None or val_fraction:
+            parts = (
+                split(train, val_fraction) if val is None else [Selection(train), Selection(val)]
+            )
 
-@torch.inference_mode(False)
-@torch.no_grad()
-def _probe(
-    train: Bank,
-    queries: Bank,
-    classes: int,
-    device: torch.device,
-    l2: float,
-    iterations: int,
-    val: Bank | None,
-    val_fraction: float,
-) -> dict[str, float]:
-    found: dict[str, float] = {}
-    fitted = [Selection(train)]
-    test = [Selection(queries)]
-    if val is not None or val_fraction:
-        part, held_out = (
-            (Selection(train), Selection(val)) if val is not None else split(train, val_fraction)
-        )
+            def on_held_out(value: float) -> float:
+                return accuracy(fitted_to(parts[:1], value), parts[1:], 1, device)
 
-        def on_held_out(value: float) -> float:
-            return accuracy(fit([part], classes, device, value, iterations), [held_out], 1, device)
+            chosen, found["probe_val"] = sweep(on_held_out)
+            found["probe_l2"] = chosen
+        probe = fitted_to(parts, chosen)
+        test = [Selection(queries)]
+        return found | {
+            "probe": accuracy(probe, test, 1, device),
+            "probe_top5": accuracy(probe, test, 5, device),
+            "probe_mean_per_class": mean_of_classes(probe, test, device),
+            "probe_train": accuracy(probe, parts, 1, device),
+        }
 
-        l2, found["probe_val"] = sweep(on_held_out)
-        found["probe_l2"] = l2
-        fitted = [part, held_out]
-    probe = fit(fitted, classes, device, l2, iterations)
-    return found | {
-        "probe": accuracy(probe, test, 1, device),
-        "probe_top5": accuracy(probe, test, 5, device),
-        "probe_mean_per_class": mean_of_classes(probe, test, device),
-        "probe_train": accuracy(probe, fitted, 1, device),
-    }
+    return distributed.on_main(figures)
 
 
 def split(bank: Bank, fraction: float) -> tuple[Selection, Selection]:

@@ -83,7 +83,7 @@ class Config(EvaluationConfig):
     sharing: Sharing = section(Sharing, flat=True)
 
 
-class Embedder(NamedTuple):
+class BatchEmbedder(NamedTuple):
     """What embeds. images: uint8 or a library's inputs, on the device, -> embeddings by name;
     tokenize and texts: None without captions; signature: changes with the network."""
 
@@ -104,7 +104,7 @@ class Part(NamedTuple):
     stop: int = 0
 
 
-def dual_embedder(config: Config, world: World) -> Embedder:
+def dual_embedder(config: Config, world: World) -> BatchEmbedder:
     """Of images and captions."""
     options = {name: getattr(config, name) for name in SHARED}
     if config.checkpoint:
@@ -124,10 +124,10 @@ def dual_embedder(config: Config, world: World) -> Embedder:
         with precision.autocast():
             return opened.model.embed_text(text_ids)
 
-    return Embedder(opened.model, view, images, opened.tokenize, texts, encoder.signature)
+    return BatchEmbedder(opened.model, view, images, opened.tokenize, texts, encoder.signature)
 
 
-def image_embedder(config: Config, world: World) -> Embedder:
+def image_embedder(config: Config, world: World) -> BatchEmbedder:
     """Of images alone: features as they are."""
     options = {name: getattr(config, name) for name in SHARED}
     encoder = eval_knn.load_encoder(eval_knn.Config(checkpoint=config.checkpoint, **options))
@@ -143,7 +143,7 @@ def image_embedder(config: Config, world: World) -> Embedder:
             return {"z": encoder(image if encoder.view else normalize(image, statistics))}
 
     signature = digest(eval_knn.fingerprint(encoder), in_words, encoder.pixels, config.score)
-    return Embedder(encoder, view, images, None, None, signature)
+    return BatchEmbedder(encoder, view, images, None, None, signature)
 
 
 def parts_of(data: str, size: int) -> list[Part]:
@@ -202,7 +202,7 @@ def image_path(row: dict, root: Path) -> str:
     return str(root / given) if isinstance(given, str | Path) else name_of(row)
 
 
-def embed(part: Part, embedder: Embedder, config: Config, world: World) -> dict:
+def embed(part: Part, embedder: BatchEmbedder, config: Config, world: World) -> dict:
     """Embeddings [n,E] and columns of metadata of a part, the same on every process."""
     total = part.stop - part.start
     rows = [beside_image(part.records, number) for number in range(part.start, part.stop)]
@@ -303,7 +303,7 @@ def identity(part: Part, root: Path) -> str:
     return state_of_entries(part.records, range(part.start, part.stop), root)
 
 
-def key_of(part: Part, embedder: Embedder, config: Config) -> str:
+def key_of(part: Part, embedder: BatchEmbedder, config: Config) -> str:
     """Changes with what a part is made of, the network and the settings: the same on every process."""
     about = partial(identity, part, config.root)
     what = (distributed.on_main(about), part.start, part.stop)
@@ -341,7 +341,7 @@ def main(config: Config) -> None:
     distributed.say(f"{config.out}: {len(own)} parts, {kept} of them kept")
 
 
-def merge(parts: list[Part], embedder: Embedder, config: Config) -> None:
+def merge(parts: list[Part], embedder: BatchEmbedder, config: Config) -> None:
     """Say what all parts hold. UserError names the ranges that are missing."""
     keys = [key_of(part, embedder, config) for part in parts]
     names = part_names(len(parts))

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import torch
 
-from base.distributed import rank, say
+from base.distributed import rank
 from base.errors import UserError
 from base.names import is_hidden
-from base.reading import read_json
 from base.text import as_list, composed, is_blank
 from dataset.images.decode import decode_image
 from dataset.images.formats import files_below, is_image, leads_nowhere
-from dataset.tasks.catalog import PROMPTS
 
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
@@ -169,16 +167,3 @@ def folder_of(name: str) -> str:
     tinca`, as Kaggle's LOC_synset_mapping.txt and Caffe's synset_words.txt have it, else the name."""
     found = re.match(r"(n\d{8})\s", name)
     return found[1] if found else name
-
-
-def named_list(path: str | Path, name: str) -> list:
-    """The list under `name` in a JSON file such as labels.json or templates.json; OpenAI's file of
-    that name serves where the working directory has none."""
-    ours = PROMPTS / path
-    if not Path(path).exists() and ours.exists():
-        say(f"note: {path} is not here: {name!r} of OpenAI's, dataset/prompts/{path}")
-        path = ours
-    content = read_json(path, dict)
-    if not isinstance(content.get(name), list):
-        raise UserError(f"{path}: no list named {name!r}; it has {', '.join(content)}")
-    return content[name]

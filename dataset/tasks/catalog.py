@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from base.distributed import say
 from base.errors import UserError
 from base.knobs import knob
 from base.names import SHARD_ENDING, did_you_mean
@@ -487,3 +488,16 @@ def _plain(name: str) -> str:
 def folder_names(folders: Sequence[str]) -> list[str]:
     """Class names out of folder names: `001.Black_footed_Albatross` -> `Black footed Albatross`."""
     return [re.sub(r"^\d+\.", "", folder).replace("_", " ") for folder in folders]
+
+
+def named_list(path: str | Path, name: str) -> list:
+    """The list under `name` in a JSON file such as labels.json or templates.json; OpenAI's file of
+    that name serves where the working directory has none."""
+    ours = PROMPTS / path
+    if not Path(path).exists() and ours.exists():
+        say(f"note: {path} is not here: {name!r} of OpenAI's, dataset/prompts/{path}")
+        path = ours
+    content = read_json(path, dict)
+    if not isinstance(content.get(name), list):
+        raise UserError(f"{path}: no list named {name!r}; it has {', '.join(content)}")
+    return content[name]

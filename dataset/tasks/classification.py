@@ -28,7 +28,7 @@ from torch.utils.data import default_collate
 
 from base import distributed
 from base.caches import digest, file_state, states_digest
-from base.errors import BadSample, UserError, brief
+from base.errors import BadSample, UserError, brief, no_such_class
 from base.knobs import knob
 from base.names import SHARD_ENDING, did_you_mean
 from base.reading import read_lines
@@ -129,19 +129,12 @@ class Labels:
 
     def _ids(self, value: object, record: dict) -> list[int]:
         """The class numbers that a label field holds: whole numbers, or such a number as text."""
-        given = as_list(value)
-        ids = []
-        for each in given:
-            label = whole_number(each)
-            if label is None:
-                raise UserError(f"{self._name(record)}: label {brief(value)} is no class number")
-            ids.append(label)
+        ids = [whole_number(each) for each in as_list(value)]
+        if None in ids:
+            raise UserError(f"{self._name(record)}: label {brief(value)} is no class number")
         for label in ids:
             if not 0 <= label < self.classes:
-                raise UserError(
-                    f"{self._name(record)}: label {brief(label)} is outside the list of {self.classes} classes; "
-                    "give the right --classes or --num-classes, or fix the label"
-                )
+                raise no_such_class(self._name(record), label, self.classes)
         return ids
 
     def _name(self, record: dict) -> str:
@@ -336,7 +329,7 @@ class LabelCollate:
 
 
 class Labelled(Filtered):
-    """A source of the stream without the records that the threshold leaves no label: they are not
+    """A source of the stream without the records that a threshold leaves no label: they are not
     bad samples, and an epoch of a list does not count them (of a long list by SAMPLED entries)."""
 
     def __init__(self, source: RecordSource | ShardSource, labels: Labels):
@@ -344,7 +337,7 @@ class Labelled(Filtered):
         threshold = labels.options.label_threshold
         complaint = f"no image has a label of probability {threshold} or more; lower it"
         super().__init__(source, self.has_label, complaint)
-        if threshold > 0 and isinstance(source, RecordSource):
+        if isinstance(source, RecordSource):
             step = max(1, len(source) // SAMPLED)
             some = [source.records[index] for index in range(0, len(source), step)]
             kept = sum(map(self.has_label, some))
@@ -362,7 +355,7 @@ class Labelled(Filtered):
 
 def training_source(
     data: str, view, labels: Labels, classes: Sequence[str], knobs, samples: int | None = None
-) -> Labelled:
+) -> RecordSource | ShardSource | Labelled:
     """The endless stream's source of what a data string names (see dataset.loading.stream). A
     collective: the first process looks through shards and class folders for all.
 
@@ -371,12 +364,14 @@ def training_source(
     build = LabelledImage(view, labels, knobs.data_root)
     if is_shards(data):
         shards = shared_shards(data, samples)
-        return Labelled(ShardSource(shards, build, shuffle_buffer=knobs.shuffle_buffer), labels)
-    records = shared_records(data, knobs.data_root, "train", classes, knobs.download)
-    if isinstance(records, Records):
-        for index in range(min(ENOUGH, len(records))):  # a fault of the whole list shows at once
-            labels(records[index] | {"index": index})
-    return Labelled(RecordSource(records, build, data), labels)
+        source = ShardSource(shards, build, shuffle_buffer=knobs.shuffle_buffer)
+    else:
+        records = shared_records(data, knobs.data_root, "train", classes, knobs.download)
+        if isinstance(records, Records):  # a fault of the whole list shows at once
+            for index in range(min(ENOUGH, len(records))):
+                labels(records[index] | {"index": index})
+        source = RecordSource(records, build, data)
+    return Labelled(source, labels) if labels.options.label_threshold > 0 else source
 
 
 def shared_records(

@@ -21,7 +21,7 @@ SCORED = ("val_data", "val_file", "val_folder", "val", "test_file", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class CardFacts:
     """What only the user knows. license: of the weights, as the hub spells it (apache-2.0);
     data_license: of what they were trained on."""
 
@@ -30,7 +30,7 @@ class Facts:
     data_license: str = UNKNOWN
 
 
-def model_card(source: Source, written: Written, facts: Facts) -> str:
+def model_card(source: Source, written: Written, facts: CardFacts) -> str:
     """README.md of an export."""
     config = source.about.get("config", {})
     front = {

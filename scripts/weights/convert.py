@@ -41,7 +41,7 @@ from base.errors import UserError
 from base.writing import make_folder, write_text
 from runtime.advice import ends_with_advice
 from scripts.weights import export_dual, export_fusion, export_nxtp, export_vit
-from scripts.weights.card import UNKNOWN, Facts, check_repository, model_card
+from scripts.weights.card import UNKNOWN, CardFacts, check_repository, model_card
 from scripts.weights.kinds import KINDS
 from scripts.weights.push import check_hub, push
 from scripts.weights.source import FAMILIES, Options, Source, Written, open_source
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         check_hub(given.push)
     source, written = convert(given.checkpoint, given.to, given.output, options)
     title = given.name or (given.push or given.output.resolve().name).rpartition("/")[2]
-    facts = Facts(name=title, license=given.license, data_license=given.data_license)
+    facts = CardFacts(name=title, license=given.license, data_license=given.data_license)
     write_text(given.output / "README.md", model_card(source, written, facts))
     print(f"{given.output}: {', '.join(files_of(given.output))}")
     if given.push:

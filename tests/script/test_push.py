@@ -13,7 +13,7 @@ from huggingface_hub.utils import get_session
 
 from base.errors import UserError
 from models.classification.classifier import ClassifierConfig, VisionClassifier
-from scripts.weights.card import TRAINED, Facts, check_repository, data_names, model_card
+from scripts.weights.card import TRAINED, CardFacts, check_repository, data_names, model_card
 from scripts.weights.push import push
 from scripts.weights.source import Written, open_source
 from tests.helpers.exported import run_example, save_run
@@ -98,7 +98,7 @@ def test_the_card_says_what_is_known_and_what_is_not(tmp_path):
 
     source = open_source(trained(tmp_path / "run"))
     written = Written("timm", "image-classification", "print(1)")
-    card = model_card(source, written, Facts(name="tiny", license="mit"))
+    card = model_card(source, written, CardFacts(name="tiny", license="mit"))
     _, front, body = card.split("---\n", 2)
     assert ruamel.yaml.YAML(typ="safe").load(front) == {
         "license": "mit",

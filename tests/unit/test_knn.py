@@ -206,9 +206,9 @@ def test_features_are_computed_once(tmp_path):
         found = feature_bank(encode, batches, range(5), 5, 2, tmp_path / "key", ALONE)
         assert calls == [3, 2] and found.labels.tolist() == [1, 2, 0, 2, 2]
         assert torch.equal(found.rows(1, 4, ALONE.device), 2 * torch.arange(10.0).view(5, 2)[1:4])
-        assert found.of_classes(3, "val.jsonl") is found  # and fewer are another command's
+        found.check_labels(3, "val.jsonl")  # and fewer are another command's
         with pytest.raises(UserError, match="label 2 is outside the list of 2 classes"):
-            found.of_classes(2, "val.jsonl")
+            found.check_labels(2, "val.jsonl")
     assert not list(tmp_path.glob(".*"))
 
 

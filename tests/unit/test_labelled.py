@@ -256,7 +256,6 @@ def test_an_epoch_counts_the_images_that_keep_a_label(tmp_path, count, epoch):
     reader = labels(label_threshold=0.5 if count > 3 else 0.2)
     source = Labelled(RecordSource(records, LabelledImage(VIEW, reader, tmp_path)), reader)
     assert len(source) == epoch
-    assert len(Labelled(RecordSource(records, None), labels())) == count
     _, taken, _ = source.start(epoch, 0, 1)
     assert taken == count  # an epoch of kept records is one of the list
 

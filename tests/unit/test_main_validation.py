@@ -8,8 +8,7 @@ from PIL import Image
 
 import main
 from base.errors import UserError
-from dataset.sources.class_folder import named_list
-from dataset.tasks.catalog import PROMPTS
+from dataset.tasks.catalog import PROMPTS, named_list
 
 
 def folders(root, classes):

@@ -154,10 +154,11 @@ def join_qkv(state: State, packed: str = "qkv.") -> dict[str, Tensor]:
         part = re.fullmatch(r"(.*\battn\.)([qkv])\.(weight|bias)", name)
         if part is None:
             result[name] = value
-        elif part[2] == "q":
-            parts = [state.get(f"{part[1]}{letter}.{part[3]}") for letter in "qkv"]
-            if any(each is None for each in parts):
-                raise UserError(f"{name}: the key or value projection beside it is missing")
+            continue
+        parts = [state.get(f"{part[1]}{letter}.{part[3]}") for letter in "qkv"]
+        if any(each is None for each in parts):
+            raise UserError(f"{name}: the query, key or value projection beside it is missing")
+        if part[2] == "q":
             result[f"{part[1]}{packed}{part[3]}"] = torch.cat(parts)
     return result
 

@@ -9,6 +9,7 @@ Values are protocol-buffer messages that tell dtype, shape and place of a tensor
 import mmap
 import struct
 from collections.abc import Iterator
+from glob import escape
 from pathlib import Path
 
 import torch
@@ -20,12 +21,18 @@ from dataset.sources.tfrecord import masked_crc
 FOOTER, MAGIC = 48, 0xDB4775248B80FB57
 TRAILER = 5  # bytes behind a block: its compression and its checksum
 OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+NO_NUMBERS = (7, 20, 21)  # strings, and handles of what is not stored
+ENDIANNESS = 2  # a field of the header, which lies under the empty key; 0, and left out: little
 SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 TYPES = {
     1: torch.float32,
     2: torch.float64,
     3: torch.int32,
+    4: torch.uint8,
+    5: torch.int16,
+    6: torch.int8,
     9: torch.int64,
+    10: torch.bool,
     14: torch.bfloat16,
     19: torch.float16,
 }
@@ -38,7 +45,7 @@ def read_checkpoint(
     tensor).
 
     prefix: the path without `.index`, or with it. Optimizer slots are left out, but for those named
-    `slot`, as are tensors of strings. Raises UserError where the files are missing, damaged or of
+    `slot`, as are tensors of strings and handles. Raises UserError where the files are missing, damaged or of
     another kind.
     """
     prefix = str(prefix).removesuffix(".index")
@@ -47,11 +54,12 @@ def read_checkpoint(
             f"{prefix}.index: no such file; give the prefix of a TensorFlow checkpoint, such as FOLDER/model-weights"
         )
     try:
-        entries = {
-            key.decode(): _entry(value)
-            for key, value in _table(Path(prefix + ".index").read_bytes())
-            if key
-        }
+        rows = dict(_table(Path(prefix + ".index").read_bytes()))
+        if dict(fields(memoryview(rows.pop(b"", b"")))).get(ENDIANNESS):
+            raise UserError(
+                f"{prefix}.index: written on a big-endian machine; save it anew on another"
+            )
+        entries = {key.decode(): _entry(value) for key, value in rows.items()}
         shards = _shards(prefix)
         names = (
             _full_names(_bytes(entries[OBJECT_GRAPH], shards)) if OBJECT_GRAPH in entries else {}
@@ -60,7 +68,13 @@ def read_checkpoint(
         wanted = [
             key for key in entries if ".OPTIMIZER_SLOT" not in key or (slot and key.endswith(kept))
         ]
-        wanted = [key for key in wanted if entries[key]["dtype"] in TYPES]
+        wanted = [key for key in wanted if entries[key]["dtype"] not in NO_NUMBERS]
+        for key in wanted:
+            if (number := entries[key]["dtype"]) not in TYPES:
+                raise UserError(
+                    f"{prefix}.index: {key} is of TensorFlow's dtype {number}, which is not read; "
+                    "save the variables as float32"
+                )
         return {
             key.removesuffix(SUFFIX): (names.get(key, ""), _tensor(key, entries[key], shards))
             for key in wanted
@@ -128,7 +142,7 @@ def _shards(prefix: str) -> list[memoryview]:
     """The data files, mapped into memory."""
     folder = Path(prefix).parent
     name = Path(prefix).name
-    paths = sorted(folder.glob(f"{name}.data-?????-of-?????"))
+    paths = sorted(folder.glob(f"{escape(name)}.data-?????-of-?????"))
     if not paths or len(paths) != int(paths[0].name[-5:]):
         raise UserError(
             f"{prefix}.data-*: {len(paths)} data files lie beside the index; fetch all of them"

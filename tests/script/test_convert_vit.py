@@ -1,5 +1,7 @@
 """scripts/weights/convert.py for COYO-ViT: from TensorFlow's checkpoints, and to transformers."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,6 +10,7 @@ from models.classification.classifier import ClassifierConfig, VisionClassifier
 from runtime.checkpoint import export_safetensors
 from scripts.weights import convert
 from tests.helpers.golden import golden_file
+from tests.helpers.tf_bundle import BIG_ENDIAN, write_bundle
 
 
 def test_from_tensorflow(tmp_path):
@@ -20,6 +23,40 @@ def test_from_tensorflow(tmp_path):
     assert len(ours) == len(to_tensorflow(native(stored))) == 42
     for key, value in ours.items():
         assert torch.equal(value, stored[f"{key}/.ATTRIBUTES/VARIABLE_VALUE"])
+
+
+VALUES = {f"backbone/{name}": torch.arange(6.0).view(2, 3) for name in ("class_emb", "pos_emb")}
+QUERY = "backbone/enc_layers/0/att/{}_dense/kernel"
+
+
+@pytest.mark.parametrize(
+    ("beside", "options", "message"),
+    [
+        ((), {}, ""),
+        ((), {"header": BIG_ENDIAN}, "big-endian"),
+        (
+            (),
+            {"types": {"backbone/pos_emb": 11}},
+            "backbone/pos_emb/.* is of TensorFlow's dtype 11",
+        ),
+        (("query", "key", "value"), {}, ""),
+        (("key", "value"), {}, "blocks.0.attn.k.weight: the query, key or value"),
+    ],
+)
+def test_from_tensorflow_with_all_of_its_values_or_not_at_all(
+    beside, options, message, tmp_path, capsys
+):
+    prefix = tmp_path / "step[3]"
+    values = VALUES | {QUERY.format(name): torch.eye(3) for name in beside}
+    write_bundle(prefix, values, **options)
+    weights = tmp_path / "vit.safetensors"
+    status = convert.main(["coyo-vit-from-tf", str(prefix), str(weights)])
+    assert status == (2 if message else 0) and weights.exists() == (not message)
+    assert re.search(message, capsys.readouterr().err)
+    if not message:
+        found = load_file(weights)
+        assert torch.equal(found["pos_embed"], VALUES["backbone/pos_emb"])
+        assert len(found) == 2 + bool(beside)
 
 
 @pytest.mark.parametrize("width", [0, 16])

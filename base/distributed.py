@@ -75,20 +75,49 @@ def init(device: str = "auto") -> World:
         # gloo beside nccl is for tensors in host memory: those of an offloaded optimizer
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         kwargs = {"device_id": chosen} if chosen.type == "cuda" else {}
+        if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            kwargs |= {"store": _agents_store(rank, size), "rank": rank, "world_size": size}
         dist.init_process_group(backend, timeout=TIMEOUT, **kwargs)
-        _GROUP.append(broadcast_object(secrets.token_hex(4)))
     return World(rank, size, local_rank, chosen)
 
 
 PAUSE = 0.1  # seconds
-_GROUP: list[str] = []  # the name of the process group, which `init` draws
+
+
+def _agents_store(rank: int, size: int) -> dist.Store:
+    """torchrun's store under a name that rank 0 draws: torchrun keeps its store when it starts
+    processes again (`--max-restarts`), and they would look for each other at the addresses that
+    those before have left there.
+
+    A process asks under its rank for the name and hears it under a word of its own, which nobody
+    before can have answered. Rank 0 answers until it is heard, for the word that it finds first may
+    be a dead process's.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agents = dist.TCPStore(host, port, is_master=False, timeout=TIMEOUT, wait_for_workers=False)
+    meeting = dist.PrefixStore("quintet", agents)
+    own = secrets.token_hex(8)
+    if rank > 0:
+        meeting.set(str(rank), own)
+        name = meeting.get(own).decode()
+        meeting.set(f"{name}/{rank}", "heard")
+        return dist.PrefixStore(name, meeting)
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    missing = [str(other) for other in range(1, size)]
+    while missing:
+        for other in missing:
+            if meeting.check([other]):
+                meeting.set(meeting.get(other).decode(), own)
+        time.sleep(PAUSE)
+        missing = [other for other in missing if not meeting.check([f"{own}/{other}"])]
+        if missing and time.monotonic() > deadline:
+            raise RuntimeError(f"rank {', '.join(missing)}: not there after {TIMEOUT}")
+    return dist.PrefixStore(own, meeting)
 
 
 def store(name: str) -> dist.Store:
-    """The launcher's store under a name. torchrun keeps its store when it starts processes again
-    (`--max-restarts`): the group's own name hides what those before have left there."""
-    prefix = "/".join(["quintet", *_GROUP[-1:], name])
-    return dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
+    """The processes' store under a name."""
+    return dist.PrefixStore(f"quintet/{name}", dist.distributed_c10d._get_default_store())
 
 
 def _adopt_slurm(env) -> None:
@@ -153,7 +182,6 @@ def shutdown() -> None:
         # it while it waits for that thread, for ever. Meanwhile the lock is free:
         time.sleep(PAUSE)
         dist.destroy_process_group()
-        _GROUP.clear()
 
 
 def leave(status: int) -> NoReturn:

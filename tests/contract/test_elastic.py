@@ -40,15 +40,15 @@ def joined(rank: int, value: str) -> None:
 
 
 def test_processes_that_torchrun_starts_again_find_nothing_of_those_before(monkeypatch):
-    """The store is the agent's and outlives them; an old answer there would be taken for a new one.
-    One process each: two would also meet the old addresses of gloo, and may wait for them in vain."""
+    """The store is the agent's and outlives them: neither an old answer there is taken for a new
+    one, nor do they wait at the old addresses of gloo."""
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.port), "WORLD_SIZE": "1"}
+    variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.port), "WORLD_SIZE": "2"}
     variables |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     for value in ("first", "second"):
-        start_processes(joined, (value,), 1)
+        start_processes(joined, (value,), 2)
 
 
 class Agent:

@@ -41,6 +41,7 @@ from models.weights.clip import (
     is_openais,
     load_openai,
     load_timm_open_clip,
+    openai_config,
     stated_activation,
     text_at_root,
 )
@@ -355,7 +356,7 @@ def _hugging_face(
         activation = _activation({}, {}, name)
         head_width = None
     state = from_hugging_face(weights)
-    check_clip_described(described, len(state["token_embedding.weight"]))
+    check_clip_described(described, openai_config(state).text.vocab_size)
     model = load_openai(state, activation)
     pixels = processor_pixels(images, model.config.image_size)
     if not images and not stated:
@@ -379,7 +380,9 @@ def check_timm_pool(settings: Mapping[str, Any], backbone: str) -> None:
 
 
 def check_clip_described(described: Mapping[str, Any], vocabulary: int) -> None:
-    """UserError where config.json of transformers' CLIP describes another network than OpenAI's."""
+    """UserError where config.json of transformers' CLIP describes another network than OpenAI's,
+    such as MetaCLIP 2, whose weights are called the same and whose texts end with another id."""
+    check_stated("config.json", described, {"model_type": ("clip",)}, OPEN_FOLDER)
     text = described.get("text_config", {})
     computed = {
         "layer_norm_eps": (1e-5,),

@@ -22,6 +22,7 @@ from models.weights.loading import State, count, from_saved, load_checkpoint, pa
 from models.weights.vit import backbone, load_vit, native, vit_kind
 from models.weights.vit_facts import (
     VitFacts,
+    check_heads,
     dinov2_name,
     facts_of,
     is_dinov2,
@@ -109,12 +110,7 @@ def _foreign_classifier(
     """A plain ViT under any library's names, without a run's configuration."""
     values = config_of_weights(native(weights), name)
     config = ClassifierConfig(**values, gelu=facts.gelu, layer_norm_eps=facts.eps)
-    heads = about.get("config.json", {}).get("num_attention_heads", config.vit.heads)
-    if heads != config.vit.heads:
-        raise UserError(
-            f"config.json: {heads} attention heads, but {config.model} has {config.vit.heads}; "
-            "evaluate the folder with --model hf/FOLDER"
-        )
+    check_heads(about, config)
     encoder = _classifier(weights, config, facts)
     if vit_kind(weights) != "tensorflow":  # COYO-ViT's own are resized as there
         encoder.kind = "vit"

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from base.errors import UserError
 from base.pixels import OPENAI, RGB
+from base.reading import read_json
 from models.layers.vit import ViT
 from models.weights.albef import deit_weights
 from models.weights.image_encoder import ImageEncoder
 from models.weights.libraries import library_encoder, timm_encoder
 from models.weights.loading import load_checkpoint
+from models.weights.stated import check_stated
 from models.weights.vit import native
+from models.weights.vit_facts import OF_TRANSFORMERS
 
 State = dict[str, Tensor]
 
@@ -46,6 +49,7 @@ def starting_vit(
     """
     library = str(source).partition("/")[0]
     if library not in ("timm", "hf") or source.exists():
+        check_beside(source, heads)
         return deit_weights(native(read_weights(source)), grid)
     encoder = library_vit(str(source), read_weights)
     network = encoder.network
@@ -64,6 +68,18 @@ def starting_vit(
         raise UserError(f"vision_weights {source}: {found} attention heads; set vision_heads to it")
     state = deit_weights(native(network.state_dict()), grid)
     return fold_pixels(state, encoder.pixels.mean, encoder.pixels.std)
+
+
+def check_beside(source: Path, heads: int) -> None:
+    """UserError where transformers' config.json beside the weights describes another ViT than
+    ours of that many heads."""
+    file = (source if source.is_dir() else source.parent) / "config.json"
+    described = read_json(file, dict) if file.is_file() else {}
+    if described.get("model_type") in OF_TRANSFORMERS:
+        computed = {"num_attention_heads": (heads,), "hidden_act": ("gelu",)}
+        check_stated(
+            f"vision_weights {file}", described, computed, "set vision_heads, or give others"
+        )
 
 
 def library_vit(source: str, read_weights: Callable[[Path], State]) -> ImageEncoder:

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 from base.distributed import say
 from base.errors import UserError, brief
 from base.pixels import HALF, IMAGENET, RESAMPLING, RGB, STATISTICS, Pixels, processor_statistics
-from models.classification.classifier import VisionClassifier
+from models.classification.classifier import ClassifierConfig, VisionClassifier
 from models.weights.loading import Differences, State
 from models.weights.stated import OPEN_FOLDER
 from models.weights.vit import load_vit, vit_kind
 
+OF_TRANSFORMERS = ("vit", "deit", "vit_mae", "vit_msn", "dinov2")  # its model_type
 # transformers' name -> ours
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
@@ -95,8 +96,10 @@ def known_facts(weights: State, about: Mapping[str, Any]) -> VitFacts:
     return found.updated(_of_preprocessor(about.get("preprocessor_config.json", {})))
 
 
-def differing_options(network, weights: State, about: Mapping[str, Any]) -> list[str]:
-    """Options that make `network` (a ClassifierConfig) compute what the weights of others were
+def differing_options(
+    network: ClassifierConfig, weights: State, about: Mapping[str, Any]
+) -> list[str]:
+    """Options that make `network` compute what the weights of others were
     trained with, such as `--gelu none`; [] where it does, or nothing is known."""
     if "network" in about:  # a run of ours
         return []
@@ -119,12 +122,23 @@ def load_agreeing(
 ) -> Differences:
     """`load_vit`, where the network computes what the weights were trained with; else UserError
     names the options, or, not `strict`, a note does: fine-tuning adapts to them."""
+    check_heads(about, model.options)
     options = differing_options(model.options, weights, about)
     if options and strict:
         raise UserError(f"these weights were trained otherwise: add {' '.join(options)}")
     if options:
         say(f"note: the starting weights were trained with {' '.join(options)}")
     return load_vit(model, weights)
+
+
+def check_heads(about: Mapping[str, Any], network: ClassifierConfig) -> None:
+    """UserError where transformers' config.json states other attention heads than ours has."""
+    heads = about.get("config.json", {}).get("num_attention_heads", network.vit.heads)
+    if heads != network.vit.heads:
+        raise UserError(
+            f"config.json: {heads} attention heads, but {network.model} has {network.vit.heads}; "
+            "evaluate the folder by eval_knn.py --model hf/FOLDER"
+        )
 
 
 def _of_layout(weights: State) -> VitFacts:
@@ -177,7 +191,7 @@ def is_dinov2(weights: State) -> bool:
 
 def _of_config(described: Mapping[str, Any]) -> VitFacts:
     """Facts of transformers' config.json; what it leaves out is at the library's default."""
-    if described.get("model_type") not in ("vit", "deit", "vit_mae", "vit_msn", "dinov2"):
+    if described.get("model_type") not in OF_TRANSFORMERS:
         return VitFacts()
     activation = described.get("hidden_act", "gelu")
     if activation not in ACTIVATIONS:

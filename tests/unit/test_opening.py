@@ -301,6 +301,7 @@ def test_aligns_folder_tells_size_and_pixels():
         ("align", "config text_config layer_norm_eps", 1e-5, "layer_norm_eps is 1e-05"),
         ("align", "config vision_config batch_norm_eps", 1e-5, "batch_norm_eps is 1e-05"),
         ("align", "preprocessor_config resample", 3, "resample is 3.*computes 2"),
+        ("hf", "config model_type", "metaclip_2", "model_type is 'metaclip_2'.*hf/FOLDER"),
         ("hf", "config text_config layer_norm_eps", 1e-6, "layer_norm_eps is 1e-06"),
         ("hf", "config vision_config intermediate_size", 80, "intermediate_size is 80.*hf/FOLDER"),
         ("hf", "config text_config num_attention_heads", 2, "heads is 2.*computes 1"),
@@ -329,6 +330,15 @@ def test_what_a_folder_states_is_computed_or_refused(layout, path, value, messag
     stated[name] = value
     with pytest.raises(UserError, match=message):
         open_dual(weights, about)
+
+
+def test_a_tower_of_transformers_alone_is_no_clip():
+    model = openai("gelu")
+    weights = adapters.to_hugging_face(model)
+    about = {"config.json": adapters.hugging_face_config(model.config)}
+    tower = {name: value for name, value in weights.items() if not name.startswith("text_")}
+    with pytest.raises(UserError, match=r"no text_projection .*give those of a whole CLIP"):
+        open_dual(tower, about)
 
 
 def test_fusion_encoders_are_named():

@@ -70,6 +70,11 @@ def test_a_vit_of_transformers(tmp_path, image):
         expected = theirs(normalised(image, mean, std)).last_hidden_state
         found = vit(image)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    plain = starting_vit(tmp_path, read_weights, 2, 2)  # as they are, for pixels of DeiT
+    assert torch.equal(plain["norm.weight"], theirs.layernorm.weight)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(UserError, match=r"num_attention_heads is 2.* computes 4; set vision_h"):
+            starting_vit(path, read_weights, 4, 2)
 
 
 def test_what_is_no_such_vit_is_refused(tmp_path):

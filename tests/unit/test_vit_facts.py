@@ -202,3 +202,5 @@ def test_classification_says_where_its_options_differ_from_the_weights(capsys):
     fitting = VisionClassifier(ClassifierConfig(**sizes, gelu="none", pixels="imagenet"))
     load_agreeing(fitting, weights, {}, strict=True)
     load_agreeing(model, weights, {"network": {}}, strict=True)  # a run of ours says so itself
+    with pytest.raises(UserError, match="6 attention heads, but vit-ti/16 has 3"):
+        load_agreeing(model, weights, {"config.json": {"num_attention_heads": 6}}, strict=False)

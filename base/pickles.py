@@ -43,7 +43,7 @@ class BoundedUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     grows with. Raises UserError where a limit is passed, whatever pickle raises for a damaged one.
     """
 
-    dispatch: ClassVar[dict] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict] = {}  # by opcode, filled below
 
     def __init__(self, file: Any, name: object, size: int, encoding: str = "utf-8"):
         super().__init__(file, encoding=encoding)
@@ -325,39 +325,9 @@ class BoundedUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         self.append(self.stack[-1])
 
 
-OPCODES = {
-    "load_mark": pickle.MARK,
-    "load_empty_list": pickle.EMPTY_LIST,
-    "load_empty_dictionary": pickle.EMPTY_DICT,
-    "load_empty_set": pickle.EMPTY_SET,
-    "load_tuple": pickle.TUPLE,
-    "load_tuple1": pickle.TUPLE1,
-    "load_tuple2": pickle.TUPLE2,
-    "load_tuple3": pickle.TUPLE3,
-    "load_frozenset": pickle.FROZENSET,
-    "load_dict": pickle.DICT,
-    "load_append": pickle.APPEND,
-    "load_appends": pickle.APPENDS,
-    "load_setitem": pickle.SETITEM,
-    "load_setitems": pickle.SETITEMS,
-    "load_additems": pickle.ADDITEMS,
-    "load_reduce": pickle.REDUCE,
-    "load_newobj": pickle.NEWOBJ,
-    "load_newobj_ex": pickle.NEWOBJ_EX,
-    "load_build": pickle.BUILD,
-    "load_long4": pickle.LONG4,
-    "load_bytearray8": pickle.BYTEARRAY8,
-    "load_put": pickle.PUT,
-    "load_binput": pickle.BINPUT,
-    "load_long_binput": pickle.LONG_BINPUT,
-    "load_memoize": pickle.MEMOIZE,
-    "load_get": pickle.GET,
-    "load_binget": pickle.BINGET,
-    "load_long_binget": pickle.LONG_BINGET,
-    "load_dup": pickle.DUP,
-}
-for _name, _code in OPCODES.items():
-    BoundedUnpickler.dispatch[_code[0]] = getattr(BoundedUnpickler, _name)
+# pickle finds the function of an opcode in this table: those of its methods that are redefined above
+for _code, _function in pickle._Unpickler.dispatch.items():  # type: ignore[attr-defined]
+    BoundedUnpickler.dispatch[_code] = getattr(BoundedUnpickler, _function.__name__)
 
 
 def _empty_dict(*_factory: object) -> dict:

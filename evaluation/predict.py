@@ -13,14 +13,13 @@ from base.heartbeat import beat
 class Guesses(NamedTuple):
     """What a model said of every image of a split, likeliest class first.
 
-    classes int64 [N,K]; scores float32 [N,K], probabilities if `probable`, or None; truth: the
-    classes of every image.
+    classes int64 [N,K]; scores float32 [N,K], probabilities, or None; truth: the classes of
+    every image.
     """
 
     classes: Tensor
     scores: Tensor | None
     truth: list[list[int]]
-    probable: bool = True
 
     def rows(self) -> Iterator[tuple[int, list[int], list[int]]]:
         """(number, classes said, true classes) of every image."""

@@ -116,7 +116,8 @@ class CheckpointFolder:
         else:
             if name.is_dir():
                 _set_aside(name, "is a folder")
-            self._link(path, name)
+            with atomic_write(name, RESUMABLE) as temporary:
+                _same_file(path, temporary)
         self._drop_other_kind(name)
         self.drop_old(step)  # a folder that was the best one until now
 
@@ -157,11 +158,6 @@ class CheckpointFolder:
         if step is not None:
             self.make_best(step)
         return best
-
-    def _link(self, source: Path, name: Path) -> None:
-        """Give the file `source` the second name `name`."""
-        with atomic_write(name, RESUMABLE) as temporary:
-            _same_file(source, temporary)
 
     def _link_folder(self, source: Path, name: Path) -> None:
         """Make `name` a symbolic link to the folder `source` beside it, in one step."""

@@ -12,15 +12,16 @@ from dataset.images.randaugment import GEOMETRIC, RandAugment
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 
-def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Bicubic resize of uint8 [3,H,W] with antialiasing, within a grey level of Pillow's; the
-    aspect is not kept."""
+def resize(
+    image: torch.Tensor, height: int, width: int, interpolation: str = "bicubic"
+) -> torch.Tensor:
+    """uint8 [3,H,W] at another size, antialiased, within a grey level of Pillow's; the aspect is
+    not kept."""
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2.functional import resize as resize_image
 
-    return resize_image(
-        image, [height, width], interpolation=InterpolationMode.BICUBIC, antialias=True
-    )
+    mode = InterpolationMode(interpolation)
+    return resize_image(image, [height, width], interpolation=mode, antialias=True)
 
 
 def random_box(image: torch.Tensor, scale: tuple[float, float]) -> Box:
@@ -31,12 +32,18 @@ def random_box(image: torch.Tensor, scale: tuple[float, float]) -> Box:
     return RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
 
 
-def resized_crop(image: torch.Tensor, box: Box | None, side: int, flip: bool) -> torch.Tensor:
+def resized_crop(
+    image: torch.Tensor,
+    box: Box | None,
+    side: int,
+    flip: bool = False,
+    interpolation: str = "bicubic",
+) -> torch.Tensor:
     """The box of the image (None: all of it) as uint8 [3,side,side], flipped horizontally if asked."""
     if box is not None:
         top, left, height, width = box
         image = image[:, top : top + height, left : left + width]
-    image = resize(image, side, side)
+    image = resize(image, side, side, interpolation)
     return image.flip(-1) if flip else image
 
 
@@ -114,13 +121,10 @@ class PretrainTransform(TrainTransform):
 
     def __call__(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         box, flip, operations = self.draw(image)
-        moves = (
-            []
-            if self.fixed_geometry
-            else [operation for operation in operations if operation[0] in GEOMETRIC]
-        )
+        moves = [operation for operation in operations if operation[0] in GEOMETRIC]
         if self.fixed_geometry:
-            operations = [operation for operation in operations if operation[0] not in GEOMETRIC]
+            operations = [operation for operation in operations if operation not in moves]
+            moves = []
         view = self.augment.apply(resized_crop(image, box, self.resolution, flip), operations)
         if self.token_resolution is None:
             return view, None

@@ -17,7 +17,7 @@ from base.errors import UserError
 from base.knobs import check_choices, knob
 from base.limits import SIDE, VIEWS
 from base.pixels import IMAGENET, middle
-from dataset.images.albef import random_box
+from dataset.images.albef import random_box, resize, resized_crop
 
 GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue in a grey level (ITU-R 601)
 
@@ -101,8 +101,8 @@ class View:
 
     def __call__(self, image: Tensor) -> Tensor:
         """uint8 [3,H,W] -> uint8 [3,side,side]"""
-        top, left, height, width = random_box(image, self.scale)
-        view = crop_resize(image, top, left, height, width, self.side, self.interpolation)
+        box = random_box(image, self.scale)
+        view = resized_crop(image, box, self.side, interpolation=self.interpolation)
         if self.randaugment:
             from torchvision.transforms.v2 import RandAugment
 
@@ -202,13 +202,13 @@ class EvalView:
     def __call__(self, image: Tensor) -> Tensor:
         from torchvision.transforms.v2.functional import center_crop
 
-        size = [self.small, self.small]
+        high = wide = self.small
         if not self.squeeze:
             image = middle(image)
             height, width = image.shape[1:]
             short = min(height, width)
-            size = [int(self.small * height / short), int(self.small * width / short)]
-        return center_crop(_resize(image, size, self.interpolation), [self.side, self.side])
+            high, wide = int(self.small * height / short), int(self.small * width / short)
+        return center_crop(resize(image, high, wide, self.interpolation), [self.side, self.side])
 
 
 def pixel_statistics(
@@ -222,27 +222,6 @@ def normalize(views: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
     """uint8 [...,3,H,W] on any device to float32, normalised."""
     mean, std = statistics
     return views.float().sub_(mean).div_(std)
-
-
-def crop_resize(
-    image: Tensor,
-    top: int,
-    left: int,
-    height: int,
-    width: int,
-    side: int,
-    interpolation: str = "bicubic",
-) -> Tensor:
-    """The box of uint8 [3,H,W] as uint8 [3,side,side], antialiased, within a grey level of
-    Pillow's."""
-    return _resize(image[:, top : top + height, left : left + width], [side, side], interpolation)
-
-
-def _resize(image: Tensor, size: list[int], interpolation: str) -> Tensor:
-    from torchvision.transforms.v2 import InterpolationMode
-    from torchvision.transforms.v2.functional import resize
-
-    return resize(image, size, interpolation=InterpolationMode(interpolation), antialias=True)
 
 
 # Below, images are float32 [3,H,W] with grey levels 0..255.

@@ -222,7 +222,6 @@ class StreamLoader:
         seed: int = 0,
         state: dict | Sequence[dict] | None = None,
         error_budget: float = 0.01,
-        prefetch: int = 2,
     ):
         samples = batch_size * world.size
         self.steps_per_epoch = len(stream) // samples
@@ -239,7 +238,6 @@ class StreamLoader:
         self.rank = world.rank
         self.world_size = world.size
         self.pin_memory = world.device.type == "cuda"
-        self.prefetch = prefetch
         self.slots = max(workers, 1)
         self.bad_samples: list[str] = []
         self._named: set[str] = set()
@@ -333,7 +331,6 @@ class StreamLoader:
             collate_fn=_as_is,
             pin_memory=self.pin_memory,
             worker_init_fn=worker_init,
-            prefetch_factor=self.prefetch if self.workers else None,
             persistent_workers=self.workers > 0,
             generator=torch.Generator(),  # its own, or starting it would draw from the global one
         )

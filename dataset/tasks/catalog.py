@@ -309,9 +309,8 @@ def choose(
                 f"data set {name!r} is unknown{hint or '.'} Known: {known}, and CLIP_benchmark's "
                 "names; or KIND:PATH"
             )
-    double = {
-        entry.name for entry in chosen if sum(entry.name == other.name for other in chosen) > 1
-    }
+    named = Counter(entry.name for entry in chosen)
+    double = [name for name, count in named.items() if count > 1]
     if double:
         raise UserError(
             f"data set {', '.join(sorted(double))} is named more than once; name each one once"

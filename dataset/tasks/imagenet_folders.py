@@ -11,6 +11,7 @@ import torch
 from base.errors import MissingData, UserError
 from base.names import did_you_mean
 from base.reading import read_json
+from base.text import as_list
 from dataset.sources.class_folder import ClassFolder, LabelledFiles
 from dataset.sources.class_folder import class_folders as folders_of
 from dataset.tasks.catalog import PROMPTS, Entry
@@ -107,13 +108,9 @@ def _named(what: str, numbers: list[int], names: Sequence | Mapping) -> str:
     if not numbers:
         return ""
     wnids = imagenet_classes()["wnids"]
-    shown = [f"{wnids[number]} ({_first(names[number])})" for number in numbers[:4]]
+    shown = [f"{wnids[number]} ({as_list(names[number])[0]})" for number in numbers[:4]]
     more = f" and {len(numbers) - 4} more" if len(numbers) > 4 else ""
     return f"{what} {', '.join(shown)}{more}; "
-
-
-def _first(name: str | Sequence[str]) -> str:
-    return name if isinstance(name, str) else name[0]
 
 
 def _number(folder: str, root: Path) -> int:

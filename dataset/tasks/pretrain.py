@@ -88,12 +88,9 @@ class PretrainCollate:
     global generator.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, max_tokens: int = 25, mlm_probability: float = 0.15, lengths=()
-    ):
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int = 25, mlm_probability: float = 0.15):
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        self.lengths = lengths
         self.mlm_probability = mlm_probability
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
@@ -106,7 +103,7 @@ class PretrainCollate:
             for key in samples[0]
             if key != "caption"
         }
-        batch["text_ids"], batch["text_mask"] = tokenizer(captions, self.max_tokens, self.lengths)
+        batch["text_ids"], batch["text_mask"] = tokenizer(captions, self.max_tokens)
         never = (tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id)
         batch["mlm_ids"], labels = mask_tokens(
             batch["text_ids"], self.mlm_probability, tokenizer.mask_id, tokenizer.vocab_size, never

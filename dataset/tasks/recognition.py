@@ -19,8 +19,8 @@ from base.errors import BadSample, UserError, brief
 from base.pixels import OPENAI, timm_statistics
 from base.reading import read_lines
 from base.text import as_list, is_blank
-from dataset.images.albef import random_box
-from dataset.images.clip import EvalView, crop_resize, pixel_statistics
+from dataset.images.albef import random_box, resized_crop
+from dataset.images.clip import EvalView, pixel_statistics
 from dataset.images.decode import check_image_root, decode_image
 from dataset.loading.filtered import Filtered
 from dataset.loading.stream import RecordSource, Stream
@@ -201,10 +201,9 @@ class ImageView:
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         if self.crop < 1:
-            return crop_resize(image, *random_box(image, (self.crop, 1.0)), self.side, "bicubic")
+            return resized_crop(image, random_box(image, (self.crop, 1.0)), self.side)
         if self.whole:
-            height, width = image.shape[1:]
-            return crop_resize(image, 0, 0, height, width, self.side, "bicubic")
+            return resized_crop(image, None, self.side)
         return self.centre(image)
 
 

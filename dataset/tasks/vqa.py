@@ -90,22 +90,14 @@ class VqaCollate:
     `multiple` with answers of weight 0, for few shapes.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        max_tokens: int = 25,
-        lengths: Sequence[int] | None = (),
-        multiple=16,
-    ):
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int = 25, multiple: int = 16):
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        self.lengths = lengths
         self.multiple = multiple
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        ids, mask = self.tokenizer(
-            [sample["question"] for sample in samples], self.max_tokens, self.lengths
-        )
+        questions = [sample["question"] for sample in samples]
+        ids, mask = self.tokenizer(questions, self.max_tokens)
         answers = [answer for sample in samples for answer in sample["answers"]]
         question = [number for number, sample in enumerate(samples) for _ in sample["answers"]]
         weights = [weight for sample in samples for weight in sample["weights"]]

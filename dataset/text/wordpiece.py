@@ -109,26 +109,20 @@ class TextCollate:
     """Makes the batch of samples with `text`: text_ids int64, text_mask bool [B,L]; whatever else
     they have is stacked.
 
-    max_tokens, lengths: as in Tokenizer.
+    max_tokens: ids kept of a text, None keeps all.
     """
 
     field = "text"  # what samples call their text
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        max_tokens: int | None = None,
-        lengths: Sequence[int] | None = (),
-    ):
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int | None = None):
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        self.lengths = lengths
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         rest = [key for key in samples[0] if key != self.field]
         batch = {key: default_collate([sample[key] for sample in samples]) for key in rest}
         texts = [sample[self.field] for sample in samples]
-        ids, mask = self.tokenizer(texts, self.max_tokens, self.lengths)
+        ids, mask = self.tokenizer(texts, self.max_tokens)
         return {**batch, "text_ids": ids, "text_mask": mask}
 
 

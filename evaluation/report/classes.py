@@ -214,14 +214,11 @@ def class_case(
 
 
 def score_of(guesses: Guesses, number: int, rank: int) -> tuple[str, float | None]:
-    """The score of a guess in words, and the fraction of its line that is shaded; a similarity
-    shades none."""
+    """The probability of a guess in words, and as the fraction of its line that is shaded."""
     if guesses.scores is None:
         return "", None
     score = float(guesses.scores[number, rank])
-    if guesses.probable:
-        return f"{score:.1%}", score
-    return f"{score:.3f}", None
+    return f"{score:.1%}", score
 
 
 def neighbour_hits(images: Iterable, right: Iterable[bool], texts: Iterable[str]) -> Markup:

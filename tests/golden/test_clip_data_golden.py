@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
+from dataset.images.albef import resized_crop
 from dataset.images.clip import (
     EvalView,
-    crop_resize,
     gaussian_blur,
     grey_levels,
     normalize,
@@ -144,7 +144,12 @@ def test_transforms(number):
         return difference.max().item(), difference.mean().item()
 
     for kind in ("bicubic", "bilinear"):
-        assert worst(crop_resize(image, *box, 224, kind), f"resized_crop_{kind}_every8", 8)[0] <= 1
+        assert (
+            worst(
+                resized_crop(image, box, 224, interpolation=kind), f"resized_crop_{kind}_every8", 8
+            )[0]
+            <= 1
+        )
     levels = image.float()
     assert worst(solarize(levels), "solarize", 4)[0] == 0
     assert worst(grey_levels(levels).round().expand(3, -1, -1), "grayscale3", 4)[0] <= 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import eval_zeroshot
 from base.errors import UserError
@@ -130,17 +130,28 @@ def write_align(weights: State, model: Align, folder: Path) -> None:
 
 
 def to_onnx(source: Source, options: Options, folder: Path) -> Written:
-    """Two graphs for any number of images, texts and tokens, and what makes their inputs."""
+    """Two graphs for any number of images, texts and tokens, and what makes their inputs:
+    normalised pixels float32 [B,3,S,S], and token ids int64 [B,L] padded as the tokenizer pads, -> z
+    [B,E] and, where the model has it, h [B,E]."""
     opened = open_dual_encoder(source, options)
     side = opened.pixels.size
-    image, text = ImageTower(opened.model), TextTower(opened.model)
-    names = image.names
+    model = opened.model
+    names = ["z", "h"] if hasattr(model, "l2l_image_projector") else ["z"]
+
+    def image(pixels: Tensor) -> tuple[Tensor, ...]:
+        found = model.embed_image(pixels)
+        return tuple(found[name] for name in names)
+
+    def text(text_ids: Tensor) -> tuple[Tensor, ...]:
+        found = model.embed_text(text_ids)
+        return tuple(found[name] for name in names)
+
     tokens = opened.tokenize(["a dog", "a photo of a cat"])
     pixels = torch.zeros(2, 3, side, side)
-    write_graph(image, [pixels], [{0: ANY}], folder / "image.onnx", (["image"], names))
-    whole = isinstance(opened.model, LibraryCLIP)  # texts of the whole context
+    write_graph(model, image, [pixels], [{0: ANY}], folder / "image.onnx", (["image"], names))
+    whole = isinstance(model, LibraryCLIP)  # texts of the whole context
     texts = [{0: ANY} if whole else {0: ANY, 1: ANY}]
-    write_graph(text, [tokens], texts, folder / "text.onnx", (["text_ids"], names))
+    write_graph(model, text, [tokens], texts, folder / "text.onnx", (["text_ids"], names))
     generator = torch.Generator().manual_seed(0)
     largest_error(
         image, folder / "image.onnx", [torch.randn(3, 3, side, side, generator=generator)]
@@ -186,27 +197,6 @@ def open_dual_encoder(source: Source, options: Options) -> Opened:
         tokenizer=options.tokenizer,
     )
     return eval_zeroshot.open_checkpoint(config)[0]
-
-
-class ImageTower(nn.Module):
-    """Normalised pixels float32 [B,3,S,S] -> z [B,E] and, where the model has it, h [B,E]."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        self.names = ["z", "h"] if hasattr(model, "l2l_image_projector") else ["z"]
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        found = self.model.embed_image(image)
-        return tuple(found[name] for name in self.names)
-
-
-class TextTower(ImageTower):
-    """Token ids int64 [B,L], padded as the tokenizer pads -> z [B,E] and h [B,E]."""
-
-    def forward(self, text_ids: Tensor) -> tuple[Tensor, ...]:
-        found = self.model.embed_text(text_ids)
-        return tuple(found[name] for name in self.names)
 
 
 OPEN_CLIP_EXAMPLE = """

@@ -8,7 +8,7 @@ onnx          the retrieval pair: image.onnx, text.onnx and match.onnx; of a dVA
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import Retrieval
 from base.errors import UserError
@@ -33,28 +33,36 @@ def to_safetensors(source: Source, options: Options, folder: Path) -> Written:
 
 
 def to_onnx(source: Source, options: Options, folder: Path) -> Written:
-    """Three graphs for any number of images and texts: normalised pixels -> image tokens and
-    feature; ids and mask -> text states and feature; those of as many pairs -> ITM logit."""
+    """Three graphs for any number of images and texts: normalised pixels float32 [B,3,S,S] -> image
+    tokens [B,N+1,D] and unit features [B,E]; ids int64 and mask bool [B,L] -> text states [B,L,D]
+    and unit features [B,E]; states, mask and tokens of R pairs -> ITM logit of "match", float32 [R].
+    """
     model, tokenizer, config = open_retrieval(source, options)
     side = config.image_res
     ids, mask = tokenizer(["a dog on grass", "two cats"], config.max_tokens)
     pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-    image = ImageTower(model)
-    text = TextTower(model)
-    match = Match(model)
+
+    def match(text_states: Tensor, text_mask: Tensor, image_tokens: Tensor) -> Tensor:
+        rows = torch.arange(text_states.shape[0])
+        return model.match_scores(text_states, text_mask, image_tokens, rows)
+
     with torch.no_grad():
         tokens = model.encode_image(pixels)[0]
         states = model.encode_text(ids, mask)[0]
     outputs = ["image_tokens", "image_feature"]
-    write_graph(image, [pixels], [{0: ANY}], folder / "image.onnx", (["image"], outputs))
+    write_graph(
+        model, model.encode_image, [pixels], [{0: ANY}], folder / "image.onnx", (["image"], outputs)
+    )
     row, inputs = {0: ANY, 1: ANY}, ["text_ids", "text_mask"]
     names = inputs, ["text_states", "text_feature"]
-    write_graph(text, [ids, mask], [row, row], folder / "text.onnx", names)
+    write_graph(model, model.encode_text, [ids, mask], [row, row], folder / "text.onnx", names)
     names = ["text_states", "text_mask", "image_tokens"], ["match"]
     pairs = [states, mask, tokens]
-    write_graph(match, pairs, [row, row, {0: ANY}], folder / "match.onnx", names)
-    largest_error(image, folder / "image.onnx", [pixels[:1]])
-    largest_error(text, folder / "text.onnx", [*tokenizer(["snow"], config.max_tokens)])
+    write_graph(model, match, pairs, [row, row, {0: ANY}], folder / "match.onnx", names)
+    largest_error(model.encode_image, folder / "image.onnx", [pixels[:1]])
+    largest_error(
+        model.encode_text, folder / "text.onnx", [*tokenizer(["snow"], config.max_tokens)]
+    )
     rows = torch.tensor([0, 1, 0])
     others = torch.tensor([1, 1, 0])
     pairs = [states[rows], mask[rows], tokens[others]]
@@ -84,74 +92,32 @@ def open_retrieval(
     return model.eval(), tokenizer, config
 
 
-class ImageTower(nn.Module):
-    """Normalised pixels float32 [B,3,S,S] -> image tokens [B,N+1,D] and unit features [B,E]."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model.encode_image(image)
-
-
-class TextTower(ImageTower):
-    """Ids int64 [B,L] and mask bool [B,L] -> text states [B,L,D] and unit features [B,E]."""
-
-    def forward(self, text_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model.encode_text(text_ids, text_mask)
-
-
-class Match(ImageTower):
-    """Text states [R,L,D], mask bool [R,L] and image tokens [R,N+1,D] of R pairs -> ITM logit of
-    "match", float32 [R]."""
-
-    def forward(self, text_states: Tensor, text_mask: Tensor, image_tokens: Tensor) -> Tensor:
-        rows = torch.arange(text_states.shape[0])
-        return self.model.match_scores(text_states, text_mask, image_tokens, rows)
-
-
 # ---- dVAE
 def tokenizer_to_safetensors(source: Source, options: Options, folder: Path) -> Written:
     return write_own(source, folder, "Pretrain.py --image-tokenizer .", "feature-extraction")
 
 
 def tokenizer_to_onnx(source: Source, options: Options, folder: Path) -> Written:
-    """encoder.onnx: images float32 [B,3,H,W] in [0,1] -> codes; decoder.onnx: the way back."""
+    """encoder.onnx: images float32 [B,3,H,W] in [0,1] -> codes int64 [B,H/r,W/r]; decoder.onnx: the
+    way back."""
     model = ImageTokenizer.load(source.file, lambda path: dict(source.weights))
     side = 4 * model.reduction
     images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     sizes = [{0: ANY, 2: ANY, 3: ANY}]
     names = ["image"], ["codes"]
-    encoder = Codes(model)
-    write_graph(encoder, [images], sizes, folder / "encoder.onnx", names)
-    largest_error(encoder, folder / "encoder.onnx", [images.repeat(2, 1, 1, 2)])
+
+    def codes_of(image: Tensor) -> Tensor:
+        return model.logits(image).argmax(dim=1)
+
+    write_graph(model, codes_of, [images], sizes, folder / "encoder.onnx", names)
+    largest_error(codes_of, folder / "encoder.onnx", [images.repeat(2, 1, 1, 2)])
     if model.decoder is not None:
-        decoder = Images(model)
         codes = model.codes(images)
         names = ["codes"], ["image"]
         sizes = [{0: ANY, 1: ANY, 2: ANY}]
-        write_graph(decoder, [codes], sizes, folder / "decoder.onnx", names)
-        largest_error(decoder, folder / "decoder.onnx", [codes.repeat(2, 1, 2)])
+        write_graph(model, model.decode, [codes], sizes, folder / "decoder.onnx", names)
+        largest_error(model.decode, folder / "decoder.onnx", [codes.repeat(2, 1, 2)])
     return Written("onnx", "feature-extraction", TOKENIZER_EXAMPLE.replace("SIDE", str(side)))
-
-
-class Codes(nn.Module):
-    """Images float32 [B,3,H,W] in [0,1] -> codes int64 [B,H/r,W/r]."""
-
-    def __init__(self, model: ImageTokenizer):
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.model.logits(image).argmax(dim=1)
-
-
-class Images(Codes):
-    """Codes int64 [B,h,w] -> images float32 [B,3,h*r,w*r] in [0,1]."""
-
-    def forward(self, codes: Tensor) -> Tensor:
-        return self.model.decode(codes)
 
 
 PAIR_EXAMPLE = """

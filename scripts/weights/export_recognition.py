@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -44,60 +44,41 @@ class Config(Recognition.Config):
     labels: int = knob(8, "labels an image in the check", low=1)
 
 
-class Image(nn.Module):
-    """images [B,3,S,S] -> image tokens [B,N,D]."""
+def export(model: Nxtp, prompt: Tensor, target: Path) -> None:
+    """Write the three graphs, of any number of images, labels and cached positions: images
+    [B,3,S,S] -> image tokens [B,N,D]; these and the prompt [P] -> logits [B,V], keys and values
+    [B,H,S,d] of every block; tokens [B,M], place [M], mask [B,1,M,S+M] and the cache -> logits
+    [B,M,V] and the cache.
+    """
+    make_folder(target, "--target")
 
-    def __init__(self, model: Nxtp):
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.model.encode_image(image)
-
-
-class Prefill(Image):
-    """image tokens [B,N,D], prompt [P] -> logits [B,V], keys and values [B,H,S,d] of every
-    block."""
-
-    def forward(self, images: Tensor, prompt: Tensor):
-        logits, cache = self.model.prefill(images, prompt)
+    def prefill(images: Tensor, prompt: Tensor):
+        logits, cache = model.prefill(images, prompt)
         return logits, *(part for pair in cache for part in pair)
 
-
-class Step(Image):
-    """tokens [B,M], place [M], mask [B,1,M,S+M] and the cache -> logits [B,M,V] and the cache."""
-
-    def forward(self, tokens: Tensor, place: Tensor, mask: Tensor, cache: list[Tensor]):
+    def step(tokens: Tensor, place: Tensor, mask: Tensor, *cache: Tensor):
         pairs = list(zip(cache[::2], cache[1::2], strict=True))
-        logits, grown = self.model.step(tokens, place, mask, pairs)
+        logits, grown = model.step(tokens, place, mask, pairs)
         return logits, *(part for pair in grown for part in pair)
 
-
-def export(model: Nxtp, prompt: Tensor, target: Path) -> None:
-    """Write the three graphs, of any number of images, labels and cached positions."""
-    make_folder(target, "--target")
     size = model.config.vision.image_size
     image = torch.zeros(2, 3, size, size)
     images = model.encode_image(image)
-    cache = list(Prefill(model)(images, prompt)[1:])
+    cache = prefill(images, prompt)[1:]
     tokens = torch.zeros(2, 3, dtype=torch.int64)
     seen = cache[0].shape[2]
     place = torch.full((3,), seen)
     mask = torch.ones(2, 1, 3, seen + 3, dtype=torch.bool)
     kept = [{0: ANY, 2: ANY} for _ in cache]
-    rows = (
-        {0: ANY, 1: ANY},
-        {0: ANY},
-        {0: ANY, 2: ANY, 3: ANY},
-        kept,
-    )
+    rows = ({0: ANY, 1: ANY}, {0: ANY}, {0: ANY, 2: ANY, 3: ANY}, *kept)
+    names = ["tokens", "place", "mask", *(f"cache_{number}" for number in range(len(cache)))]
     graphs = {
-        "image": (Image(model), (image,), ({0: ANY},)),
-        "prefill": (Prefill(model), (images, prompt), ({0: ANY}, None)),
-        "step": (Step(model), (tokens, place, mask, cache), rows),
+        "image": (model.encode_image, ["image"], (image,), ({0: ANY},)),
+        "prefill": (prefill, ["images", "prompt"], (images, prompt), ({0: ANY}, None)),
+        "step": (step, names, (tokens, place, mask, *cache), rows),
     }
-    for name, (module, inputs, shapes) in graphs.items():
-        write_graph(module, inputs, shapes, target / f"{name}.onnx")
+    for name, (function, names, inputs, shapes) in graphs.items():
+        write_graph(model, function, inputs, shapes, target / f"{name}.onnx", (names, None))
 
 
 class OnnxNetwork:

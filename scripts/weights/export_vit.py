@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import eval_knn
 from base.errors import UserError
@@ -112,27 +111,17 @@ def write_transformers(weights: dict, config: ClassifierConfig, folder: Path) ->
 
 def to_onnx(source: Source, options: Options, folder: Path) -> Written:
     encoder = open_vit(source, options)
-    model = Logits(encoder.network)
+    model = encoder.network
     side = encoder.pixels.size
     path = folder / "model.onnx"
-    write_graph(model, [torch.zeros(2, 3, side, side)], [{0: ANY}], path, (["image"], ["logits"]))
+    pixels = [torch.zeros(2, 3, side, side)]
+    write_graph(model, model.logits, pixels, [{0: ANY}], path, (["image"], ["logits"]))
     images = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
-    largest_error(model, path, [images])
+    largest_error(model.logits, path, [images])
     small = resize_of(source, encoder)
     processor = clip_processor(encoder.pixels, small) if small else square_processor(encoder.pixels)
     write_json(folder / "preprocessor_config.json", processor, indent=2)
     return Written("onnx", TASK, ONNX_EXAMPLE)
-
-
-class Logits(nn.Module):
-    """Normalised pixels float32 [B,3,S,S] -> logits [B,C]."""
-
-    def __init__(self, model: VisionClassifier):
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.model.logits(image)
 
 
 def open_vit(source: Source, options: Options) -> ImageEncoder:

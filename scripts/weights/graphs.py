@@ -1,6 +1,6 @@
 """Networks as ONNX graphs, checked with onnxruntime."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,37 @@ ANY = torch.export.Dim.DYNAMIC
 NEEDED = ("onnx", "onnxscript")
 
 
+class _Graphed(nn.Module):
+    """A function of a network as a module that has the network's weights."""
+
+    def __init__(self, model: nn.Module, function: Callable):
+        super().__init__()
+        self.model = model
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
 def write_graph(
-    module: nn.Module,
+    model: nn.Module,
+    function: Callable,
     inputs: Sequence[Any],
     shapes: Sequence[Any],
     path: Path,
-    names: tuple[Sequence[str], Sequence[str]] | None = None,
+    names: tuple[Sequence[str], Sequence[str] | None],
 ) -> None:
-    """Export `module(*inputs)` to `path`, its weights in a file beside it.
+    """Export `function(*inputs)`, computed with `model`, to `path`, its weights in a file beside it.
 
     shapes: of each input the dimensions of any size, as torch.export takes them ({0: ANY}), or
-    None. names: of inputs and outputs. Raises UserError where a package is missing.
+    None. names: of inputs and outputs, these None = torch's. Raises UserError where a package is
+    missing.
     """
     check_packages(NEEDED)
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"input_names": names[0], "output_names": names[1]} if names else {}
+    module = _Graphed(model, function).eval()
     with torch.no_grad():
-        program = torch.export.export(module.eval(), tuple(inputs), dynamic_shapes=tuple(shapes))
+        program = torch.export.export(module, tuple(inputs), dynamic_shapes=(tuple(shapes),))
         torch.onnx.export(
             program,
             (),
@@ -40,7 +54,8 @@ def write_graph(
             verbose=False,
             opset_version=OPSET,
             optimize=False,
-            **options,
+            input_names=names[0],
+            output_names=names[1],
         )
 
 
@@ -72,10 +87,10 @@ class Graph:
 
 
 @torch.no_grad()
-def largest_error(module: nn.Module, path: Path, inputs: Sequence[Tensor]) -> float:
+def largest_error(function: Callable, path: Path, inputs: Sequence[Tensor]) -> float:
     """Largest difference of any output under onnxruntime, relative to that output's largest value.
     UserError where it is over 1e-4."""
-    expected = module(*inputs)
+    expected = function(*inputs)
     expected = [expected] if isinstance(expected, Tensor) else list(expected)
     apart = 0.0
     for found, value in zip(Graph(path)(*inputs), expected, strict=True):

@@ -182,6 +182,9 @@ def test_who_is_behind_stalls():
     early = stall_message({0: answer(12), 1: answer(12, entered=4)}, 2, 60)
     where = "rank 1 stalls in an update (last update 4, at VE.py:7, in all_reduce 4)"
     assert f"{where}; the others wait in all_reduce 5." in early
+    # the loop counts before the collectives: what a rank makes ready for the others may take some
+    ahead = stall_message({0: answer(12, entered=4), 1: answer(11)}, 2, 60)
+    assert "rank 1 stalls" in ahead and "rank 0 stalls" not in ahead
     both = {rank: answer(12) for rank in (0, 1)}
     both = {rank: {**each, "doing": "in validation"} for rank, each in both.items()}
     both[1]["beats"] = 11  # batches

@@ -18,7 +18,7 @@ from dataset.sources import left_out
 from dataset.sources.encoded_table import encoded_table
 from dataset.sources.records import Records
 from dataset.sources.shards import read_shard
-from dataset.sources.tables import parse_address
+from dataset.sources.tables import BATCH_ROWS, parse_address, rows_at_a_time
 from dataset.tasks.captions import caption_records
 from dataset.tasks.recognition import label_records
 from dataset.tasks.record import captions_of, weights_of
@@ -382,6 +382,13 @@ def test_spreadsheets_write_utf_16(tmp_path):
 def test_half_an_emoji_in_a_table(tmp_path):
     (tmp_path / "t.csv").write_bytes(b"image,caption\n0.png,a dog \xed\xa0\xbd\n")
     assert Records(tmp_path / "t.csv")[0]["caption"] == "a dog \ufffd"
+
+
+@pytest.mark.parametrize("letters, rows", [(9, BATCH_ROWS), (1 << 20, 16)])
+def test_long_texts_become_pythons_a_few_rows_at_a_time(letters, rows):
+    """A dictionary holds one text for a million cells; as Python's objects each takes its bytes."""
+    texts = pyarrow.array(["x" * letters] * 3).dictionary_encode()
+    assert rows_at_a_time("t.parquet", pyarrow.record_batch({"caption": texts})) == rows
 
 
 def test_a_column_that_is_there_twice(tmp_path):

@@ -124,6 +124,13 @@ def test_fewer_shards_than_workers_share_them(tmp_path):
     assert len(seen) == 40 and max(seen.values()) == 1
 
 
+def test_every_epoch_has_its_shards_in_another_order(tmp_path):
+    source = shards(tmp_path, (1,) * 8, group=1, shuffle_buffer=1)  # nothing else is shuffled
+    order = numbers(StreamLoader(stream(source), 8, 0, seed=2), 4)
+    epochs = [tuple(order[start : start + 8]) for start in range(0, 32, 8)]
+    assert len({*epochs}) == 4 and {tuple(sorted(epoch)) for epoch in epochs} == {tuple(range(8))}
+
+
 def test_shuffling_mixes_shards_and_reads_all(tmp_path):
     source = shards(tmp_path, (50,) * 8, group=4, shuffle_buffer=100)
     order = numbers(StreamLoader(stream(source), 10, 0, seed=2), 80)

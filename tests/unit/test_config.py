@@ -181,6 +181,7 @@ def test_negated_booleans_of_sections_and_names_that_begin_with_no():
     got = read("--no-optimizer.fused", "--no-last-bn")
     assert got.optimizer.fused is False and got.no_last_bn is True
     assert "--no-alpha: unknown key" in mistakes("--no-alpha")
+    assert "--no-compile: unknown key" in mistakes("--no-compile", "yes")  # which of the two?
 
 
 def test_flag_that_stands_alone_takes_its_bare_value():

@@ -3,13 +3,14 @@ the library called directly, and one sentence for whatever cannot be opened."""
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
 from base.errors import UserError
-from base.libraries import hugging_face_tokenizer, of_library, open_clip_network
+from base.libraries import dual_inputs, hugging_face_tokenizer, of_library, open_clip_network
 from models.layers.library_towers import with_timm_names
 from models.weights.any_dual_encoder import open_dual
 from models.weights.libraries import library_encoder, open_library, opened_open_clip
@@ -346,3 +347,23 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
     transformers.BertConfig(vocab_size=30).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"the tokenizer of hf/|its tokenizer has no words"):
         hugging_face_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind, side", [("align", 289), ("clip", None)])
+def test_convolutions_take_the_side_that_the_processor_cuts(kind, side, monkeypatch):
+    """transformers' ALIGN names 600 pixels, the side of EfficientNet-B7, and cuts 289."""
+    images = {"do_center_crop": True, "crop_size": 289, "size": {"height": 346, "width": 346}}
+    images |= {"resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    text = SimpleNamespace(max_position_embeddings=512, vocab_size=99)
+    vision = SimpleNamespace(image_size=600)
+    config = SimpleNamespace(model_type=kind, vision_config=vision, text_config=text)
+    monkeypatch.setattr("base.libraries.hugging_face_config", lambda source: config)
+    processor = SimpleNamespace(to_dict=lambda: images)
+    monkeypatch.setattr("base.libraries.hugging_face_processor", lambda source: processor)
+    if side is None:
+        with pytest.raises(UserError, match=r"cuts 289, which main\.py does not for images of 600"):
+            dual_inputs.__wrapped__(f"hf/{kind}")
+        return
+    found = dual_inputs.__wrapped__(f"hf/{kind}")
+    assert (found.pixels.size, found.resized, found.squeeze) == (side, 346, True)
+    assert found.context_length == 64 and found.pixels.interpolation == "bilinear"

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import main as script
 from base.errors import UserError
@@ -170,6 +171,13 @@ def test_two_processes_train_as_one_does(digitscenes, tmp_path):
     finish(1, arguments(digitscenes, tmp_path / "one", *flags, batch_size=8))
     for two, one in zip(figures(tmp_path / "two"), figures(tmp_path / "one"), strict=True):
         assert two == pytest.approx(one, rel=2e-3, abs=1e-5)
+    two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    scales = [name for name in one if name.endswith("logit_scale")]
+    assert (
+        len(scales) == 2
+    )  # scalars, which FSDP2 does not take: their gradients are averaged by us
+    for name in scales:
+        assert two[name].item() == pytest.approx(one[name].item(), abs=1e-5), name
 
 
 @pytest.mark.slow
@@ -207,8 +215,6 @@ def test_starting_from_weights_and_from_a_text_encoder(digitscenes, tmp_path):
         arguments(digitscenes, tmp_path / "second", resume=weights, **still)
     )  # as the original's --resume FILE
     run_main(arguments(digitscenes, tmp_path / "third", init_text_encoder=weights, **still))
-    from safetensors.torch import load_file
-
     first, second, third = (
         load_file(tmp_path / name / "model.safetensors") for name in ("first", "second", "third")
     )

@@ -1,5 +1,6 @@
 """NumPy's files, mapped and never unpickled."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,3 +17,16 @@ def map_array(path: str | Path, remedy: str, mode: str = "r") -> np.ndarray:
         return np.load(path, mmap_mode=mode, allow_pickle=False)
     except Exception as error:  # NumPy has no error of its own, and lets out those of its parser
         raise UserError(f"{path}: no readable .npy file ({brief(str(error))}); {remedy}") from None
+
+
+def reserve_array(path: str | Path, dtype: str, shape: tuple[int, ...]) -> None:
+    """Make a .npy file of zeros that processes map and fill. The disk gives all of it now: on a full
+    one a write to a mapped file would kill the process by SIGBUS. OSError, and no file is left."""
+    try:
+        np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    except OSError:
+        Path(path).unlink(missing_ok=True)
+        raise

@@ -11,10 +11,16 @@ import torch
 from torch import Tensor
 
 from base import distributed
-from base.arrays import map_array
+from base.arrays import map_array, reserve_array
 from base.distributed import World
 from base.errors import UserError, no_such_class
-from base.writing import remove_leftovers, replace_synced, temporary_beside, write_json
+from base.writing import (
+    file_errors,
+    remove_leftovers,
+    replace_synced,
+    temporary_beside,
+    write_json,
+)
 from evaluation.predict import progress
 
 
@@ -76,8 +82,10 @@ def feature_bank(
         def begin() -> list[Path]:
             remove_leftovers(path.parent)
             unfinished = [temporary_beside(features), temporary_beside(labels)]
-            _create(unfinished[0], "<f4", (total, width))
-            _create(unfinished[1], "<i8", (total,))
+            with file_errors(features, "name another --cache, or make room"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                reserve_array(unfinished[1], "<i8", (total,))
+                reserve_array(unfinished[0], "<f4", (total, width))
             return unfinished
 
         def finish() -> None:
@@ -102,11 +110,6 @@ def _is_whole(features: Path, labels: Path, done: Path, total: int, width: int) 
         return False
     kinds = [(array.shape, array.dtype.str) for array in found]
     return kinds == [((total, width), "<f4"), ((total,), "<i8")]
-
-
-def _create(file: Path, dtype: str, shape: tuple[int, ...]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape).flush()
 
 
 def _fill(

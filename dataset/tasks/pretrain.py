@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from base import distributed
-from base.arrays import map_array
+from base.arrays import map_array, reserve_array
 from base.caches import image_state, one_builder, weights_digest
 from base.distributed import ALONE, World
 from base.errors import BadSample, UserError
@@ -233,9 +233,8 @@ class _CodeTable:
             return
         with atomic_write(self.done) as temporary:
             temporary.write_bytes(bytes(self.batches))
-        with atomic_write(self.partial) as temporary, temporary.open("wb") as file:
-            shape = (self.records, width)
-            np.lib.format.open_memmap(file.name, mode="w+", dtype=np.int32, shape=shape).flush()
+        with atomic_write(self.partial) as temporary:
+            reserve_array(temporary, "<i4", (self.records, width))
 
     def _is_usable(self, width: int) -> bool:
         """Whether both files are there and of the right size."""

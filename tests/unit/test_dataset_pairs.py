@@ -171,6 +171,14 @@ def codes_of(folder, entries, tokenizer=None, side=32) -> np.ndarray:
     return CodeCache(path, len(records)).codes.copy()
 
 
+def test_the_table_of_codes_has_its_disk_space_before_it_is_filled(tmp_path):
+    """A write to a mapped hole on a full disk would end the process by SIGBUS."""
+    table = pretrain._CodeTable(tmp_path / "codes.npy", "key", records=5000, batch_size=8)
+    table.create(width=16)
+    made = table.partial.stat()
+    assert 4 * 16 * 5000 <= made.st_size <= 512 * made.st_blocks
+
+
 def test_visual_codes_are_kept_for_the_same_list_images_sizes_and_weights_alone(folder):
     entries = [{"image": f"{n}.jpg", "caption": "x"} for n in range(4)]
     first = codes_of(folder, entries)

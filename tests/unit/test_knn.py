@@ -1,5 +1,7 @@
 """Nearest neighbours, votes, the linear probe and the features on disk."""
 
+import errno
+import os
 from contextlib import nullcontext
 
 import numpy as np
@@ -232,6 +234,20 @@ def test_two_runs_that_make_the_same_bank_do_not_meet(tmp_path, monkeypatch):
     for found in (bank(), made[1]):
         assert np.array_equal(found.features, np.arange(8.0).reshape(4, 2))
         assert found.labels.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EROFS])
+def test_a_full_disk_is_one_sentence_before_anything_is_encoded(fault, tmp_path, monkeypatch):
+    """The bytes are taken at once: what is mapped and not there would end the process by SIGBUS."""
+
+    def refuse(descriptor, start, length):
+        assert start == 0 and length == os.fstat(descriptor).st_size
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(UserError, match=r"key\.npy: not written, .*; name another --cache"):
+        feature_bank(None, None, range(5), 5, 2, tmp_path / "made/key", ALONE)
+    assert not list((tmp_path / "made").iterdir())
 
 
 def test_an_interrupted_cache_is_made_anew(tmp_path):

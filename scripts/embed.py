@@ -169,12 +169,12 @@ def all_parts(config: Config) -> list[Part]:
     return parts
 
 
-def with_records(part: Part) -> Part:
+def with_records(part: Part, error_budget: float) -> Part:
     """The part with its records; a shard is indexed by one process and read by all."""
     if part.records is not None:
         return part
     with distributed.rank_0_first():
-        index = ShardIndex([part.data], part.data)
+        index = ShardIndex([part.data], part.data, error_budget)
     return Part(part.data, index, 0, len(index))
 
 
@@ -333,7 +333,7 @@ def main(config: Config) -> None:
             if distributed.on_main(partial(is_written, name, key, config)):
                 kept += 1
                 continue
-            part = with_records(part)
+            part = with_records(part, config.error_budget)
             found = embed(part, embedder, config, world)
             distributed.on_main(partial(write_part, name, found, config, key), share=False)
             samples = f"{part.stop - part.start:,} samples"

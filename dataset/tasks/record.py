@@ -82,8 +82,9 @@ def image_of(record: dict, root: str | Path = "") -> Tensor:
     `image` or `url`. BadSample."""
     if "pixels" in record:
         return record["pixels"]
-    image = record.get("image") or record.get("url")
-    if isinstance(image, bytes):
+    image = record.get("image")
+    image = record.get("url") if image is None or image == "" else image
+    if isinstance(image, bytes):  # none at all, too, are an unreadable image
         return decode_image(image, name_of(record))
     if not isinstance(image, str | Path) or not str(image):
         raise BadSample(f"{name_of(record)}: neither image nor url")

@@ -163,6 +163,25 @@ def test_an_unreadable_image_is_flagged_within_the_budget(checkpoint, images, tm
     assert about["readable"] == [n != 2 for n in range(7)]
 
 
+def test_samples_of_a_shard_without_an_image_are_within_the_budget(checkpoint, images, tmp_path):
+    """One whose image holds no bytes is an unreadable one, as an empty file is; one that has no
+    such member is left out."""
+    from pyarrow import parquet
+
+    samples = [(str(n), {"png": (images / f"{n}.png").read_bytes(), "txt": b"x"}) for n in range(3)]
+    samples[1][1]["png"] = b""
+    del samples[2][1]["png"]
+    write_shard(tmp_path / "odd.tar", samples)
+    words = ("--data", tmp_path / "odd.tar", "--checkpoint", checkpoint, "--out", tmp_path / "out")
+    with pytest.raises(UserError, match="1 of 3 samples are unusable"):
+        run(*words)
+    with pytest.raises(UserError, match=r"1 of 2 images are unreadable, such as .*odd\.tar/1"):
+        run(*words, "--error_budget", 0.4)
+    run(*words, "--error_budget", 0.5)
+    about = parquet.read_table(tmp_path / "out/metadata/metadata_0000.parquet").to_pydict()
+    assert about["readable"] == [True, False]
+
+
 def test_numbers_beyond_float16_are_refused(tmp_path):
     found = {"image": torch.full((1, 2), 7e4), "metadata": {"key": ["0"]}}
     half, whole = (

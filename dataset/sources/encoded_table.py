@@ -52,7 +52,7 @@ def _holds_bytes(kind) -> bool:
 
     if types.is_struct(kind):  # datasets' images: {bytes, path}
         return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
-    return types.is_binary(kind) or types.is_large_binary(kind)
+    return str(kind) in ("binary", "large_binary", "binary_view")
 
 
 def _row_groups(path: Path) -> list[tuple]:

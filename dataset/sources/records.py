@@ -72,6 +72,7 @@ PUBLISHED = {
     ): "these are VQA's own answers: name the file of their questions (v2_OpenEnded_mscoco_…), "
     "beside which they lie, or this file as test_answers",
     ("qas", "question"): "these are Visual Genome's own questions: name ALBEF's list (vg_qa.json)",
+    ("regions", "phrase"): "these are Visual Genome's own regions: name ALBEF's list (vg.json)",
     ("questions", "question"): "these are VQA's own questions, without images: name ALBEF's lists "
     "(vqa_train.json, vqa_test.json)",
     ("images", "sentences"): "this is Karpathy's file of all splits: pack one with "

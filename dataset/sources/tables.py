@@ -407,7 +407,8 @@ def columns_of(
         address = f"{path}?" + "&".join(f"{field}=COLUMN" for field in unnamed)
         seen = looks_like(read_start(path)) if path.is_file() else ""
         missing = f"no column for {' and '.join(unnamed)} (it has {listed}){seen}"
-        fetch = "image" in unnamed and "url" in {name.lower() for name in names}
+        has_urls = any(name.lower() == "url" or "://" in name for name in names)  # CC3M: no names
+        fetch = "image" in unnamed and has_urls
         remedy = "fetch the images of its URLs, as img2dataset does, or " if fetch else ""
         raise UserError(f"{path}: {missing}; {remedy}write '{address}'")
     return used

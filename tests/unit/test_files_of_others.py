@@ -419,6 +419,7 @@ PUBLISHED = {
     "answers": ({"annotations": [{"answers": [], "question_id": 1}]}, "test_answers"),
     "instances": ({"annotations": [{"bbox": [0, 0, 1, 1]}]}, r"captions_\*\.json"),
     "captions": ({"annotations": [{"caption": "x"}]}, "--dataset coco"),
+    "region_descriptions": ({"id": 1, "regions": [{"phrase": "x"}]}, r"vg\.json"),
     "finetune_refcoco_val": (
         {"images": [{"caption": "x"}], "annotations": [{"bbox": [0, 0, 1, 1]}]},
         "convert_expressions",

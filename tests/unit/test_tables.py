@@ -164,6 +164,15 @@ def test_images_stay_in_the_cache_whatever_their_column_is_called(tmp_path, cach
     assert found.is_relative_to(cache.resolve()) and not (tmp_path / "elsewhere").exists()
 
 
+def test_images_are_bytes_of_any_type_of_arrows(tmp_path, cache):
+    for kind in ("binary", "large_binary", "binary_view"):
+        image = pyarrow.array([of_colour((1, 9, 9), kind="PNG")], getattr(pyarrow, kind)())
+        table = pyarrow.table({"image": image, "caption": ["a"]})
+        parquet.write_table(table, tmp_path / f"{kind}.parquet")
+        found = Path(Records(tmp_path / f"{kind}.parquet")[0]["image"])
+        assert found.read_bytes() == image[0].as_py()
+
+
 def test_saved_data_set(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import ipc
@@ -277,6 +286,7 @@ def test_dual_encoders_read_tables_for_any_collection(tmp_path):
         (b"filepath,title\na.jpg\n", "", r"row 1: 1 cells under 2 names"),
         (b"filepath,title\na.jpg,x\n,y\n", "", r"row 2: '' is no path of an image"),
         (b"filepath,words\na.jpg,x\n", "", r"no column for caption .*it has filepath, words"),
+        (b"a dog\thttp://x/1.jpg\na cat\thttp://x/2.jpg\n", "", "as img2dataset does"),  # CC3M
         (b"Datei;Satz\na.jpg;x\n", "", r"image and caption .*\?image=COLUMN&caption=COLUMN'"),
         (b"filepath,title\na.jpg,x\n", "?caption=titel", r"no column titel; did you mean title"),
         (b"filepath,title\na.jpg,x\n", "?caption=", r"no column given for caption"),

@@ -105,13 +105,13 @@ def one_builder(cached: Path) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError:
                 break
-            if _is_at(path, lock):  # or the one before has removed it meanwhile
+            if is_at(path, lock):  # or the one before has removed it meanwhile
                 break
         held.callback(path.unlink, missing_ok=True)
         yield
 
 
-def _is_at(path: Path, file: IO) -> bool:
+def is_at(path: Path, file: IO) -> bool:
     """Whether an open file is the one that lies at a path now."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(file.fileno()))

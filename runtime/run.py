@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from base import distributed
+from base.caches import is_at
 from base.distributed import World
 from base.errors import UserError, brief
 from base.memory import check_batches, check_fits
@@ -141,6 +142,15 @@ class Run:
                 f"{self.folder}: another run writes to this folder; choose another --output_dir"
             ) from None
         return handle
+
+    def _keep_lock(self) -> None:
+        """Where the folder or its lock was removed under way, lock what stands there now, that no
+        second run begins in it; UserError where one has."""
+        if is_at(self.folder / ".lock", self._lock):
+            return
+        self._lock.close()
+        self._lock = self._take_lock()
+        save(self.config, self.folder / "config.yaml")
 
     def _find_saved(self) -> tuple[Path | None, dict | None]:
         """Newest intact checkpoint, whose hash rank 0 has verified, and its content."""
@@ -515,6 +525,7 @@ class Run:
         """Write a checkpoint (collective)."""
         self.watchdog.mark("saving a checkpoint")
         self._check_finite()
+        distributed.on_main(self._keep_lock, share=False)
         self.log.sync()  # a checkpoint must not outlast a power failure that its log does not
         own = {
             "rng": rng_state(self.world.device),

@@ -4,6 +4,7 @@ import errno
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -900,6 +901,48 @@ def test_a_command_that_fails_before_the_first_update_leaves_the_folder_as_it_wa
     fresh = tmp_path / "fresh"
     Run(options(fresh), ALONE).close()
     assert [path.name for path in fresh.iterdir()] == [".lock"]
+
+
+LOCKS = """
+import fcntl, pathlib, sys
+path = pathlib.Path(sys.argv[1])
+path.parent.mkdir(exist_ok=True)
+lock = path.open("w")
+try:
+    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    sys.exit(3)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("second", ["comes later", "was first"])
+def test_a_folder_that_is_removed_under_way_is_locked_again(second, tmp_path):
+    folder = tmp_path / "run"
+    tried = []
+    comes = {"was first": 2, "comes later": 3}[second]
+
+    def at(step):
+        if step == 2:
+            shutil.rmtree(folder)
+        if step == comes:
+            command = [sys.executable, "-c", LOCKS, str(folder / ".lock")]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            tried.append(subprocess.Popen(command, **pipes))
+            tried.append(tried[0].stdout.readline())
+
+    try:
+        if second == "comes later":
+            run, _ = train(options(folder), at=at)
+            assert run.step == TOTAL and tried[1] == ""
+            assert steps_of(folder) == [3, 4] and (folder / "config.yaml").is_file()
+        else:
+            with pytest.raises(UserError, match="another run writes to this folder"):
+                train(options(folder), at=at)
+            assert tried[1] == "locked\n" and [path.name for path in folder.iterdir()] == [".lock"]
+    finally:
+        tried[0].communicate("", timeout=20)
 
 
 def test_a_folder_in_a_checkpoints_place_is_set_aside(tmp_path):

@@ -376,9 +376,8 @@ def export_safetensors(state: Mapping[str, torch.Tensor], path: str | Path) -> N
     for key, value in state.items():
         value = value.detach().cpu().contiguous()
         storage = value.untyped_storage()
-        shared = storage.data_ptr() in seen or storage.nbytes() != value.nbytes
+        own[key] = value.clone() if storage.data_ptr() in seen else value
         seen.add(storage.data_ptr())
-        own[key] = value.clone() if shared else value
 
     write_safetensors(path, own, {"format": "pt"})
 

@@ -150,33 +150,16 @@ class FolderRecords(Sequence):
     gaps: classes may have no images."""
 
     def __init__(self, root: str | Path, classes: Sequence[str] = (), gaps: bool = False):
-        if is_flat(Path(root)):
-            self._read_flat(Path(root), classes)
-            return
-        folder = ClassFolder(root, None, known=classes, gaps=gaps)
-        self.root = folder.root.absolute()
-        self.classes = folder.folders
-        names = [composed(folder_of(name)) for name in classes or folder.folders]
-        place = {name: number for number, name in enumerate(names)}
-        folders = [composed(name) for name in folder.folders]
-        if twice := [name for name in folders if names.count(name) > 1]:
-            raise UserError(
-                f"{folder.root}: {twice[0]!r} is the name of several classes; name each once"
-            )
-        if unknown := [name for name in folders if name not in place]:
-            hint = did_you_mean(unknown[0], place)
-            hint += "; --classes FILE names others, --classes none takes those of the folders"
-            raise UserError(f"{folder.root / unknown[0]}: not among the {len(place)} classes{hint}")
-        self.labels = torch.tensor([place[name] for name in folders])[folder.labels]
-        # bytes: names of files need not be UTF-8
-        self.files = np.array([os.fsencode(path.relative_to(folder.root)) for path in folder.files])
-
-    def _read_flat(self, root: Path, classes: Sequence[str]) -> None:
-        """ImageNet's validation set as published: one folder and a list."""
-        found = flat_folder(root, classes)
+        root = Path(root)
+        if is_flat(root):  # ImageNet's validation set as published: one folder and a list
+            found = flat_folder(root, classes)
+            self.classes, self.labels = found.classes, found.labels
+        else:
+            found = ClassFolder(root, None, known=classes, gaps=gaps)
+            self.classes = found.folders
+            self.labels = _labels_of(root, found.folders, classes)[found.labels]
         self.root = root.absolute()
-        self.classes = found.classes
-        self.labels = found.labels
+        # bytes: names of files need not be UTF-8
         self.files = np.array([os.fsencode(path.relative_to(root)) for path in found.files])
 
     def __len__(self) -> int:
@@ -188,6 +171,20 @@ class FolderRecords(Sequence):
     def file(self, index: int) -> Path:
         """Where image `index` lies."""
         return self.root / os.fsdecode(self.files[index])
+
+
+def _labels_of(root: Path, folders: Sequence[str], classes: Sequence[str]) -> Tensor:
+    """The class of each folder, int64: its place among `classes`, where these are named."""
+    names = [composed(folder_of(name)) for name in classes or folders]
+    place = {name: number for number, name in enumerate(names)}
+    folders = [composed(name) for name in folders]
+    if twice := [name for name in folders if names.count(name) > 1]:
+        raise UserError(f"{root}: {twice[0]!r} is the name of several classes; name each once")
+    if unknown := [name for name in folders if name not in place]:
+        hint = did_you_mean(unknown[0], place)
+        hint += "; --classes FILE names others, --classes none takes those of the folders"
+        raise UserError(f"{root / unknown[0]}: not among the {len(place)} classes{hint}")
+    return torch.tensor([place[name] for name in folders])
 
 
 class TorchvisionRecords(Sequence):

@@ -69,12 +69,14 @@ def babel_imagenet(entry: Entry) -> tuple[LabelledFiles, list[str]]:
         raise UserError(f"{entry.images}: {wanted}add ImageNet's validation images of them")
     place = {number: label for label, number in enumerate(numbers)}
     label_of = torch.tensor([place.get(number, -1) for number in every.classes])
-    labels = label_of[every.labels]
+    found = _labelled(every.files, label_of[every.labels], names)
+    return found, [text.replace("{c}", "{}") for text in templates]
+
+
+def _labelled(files: Sequence[Path], labels: torch.Tensor, classes: list) -> LabelledFiles:
+    """The files that have a label; -1 marks the others."""
     kept = labels.ge(0).nonzero().flatten().tolist()
-    files = [every.files[index] for index in kept]
-    return LabelledFiles(files, labels[kept], names), [
-        text.replace("{c}", "{}") for text in templates
-    ]
+    return LabelledFiles([files[index] for index in kept], labels[kept], classes)
 
 
 def _babel(entry: Entry, name: str) -> list:
@@ -167,7 +169,5 @@ def object_net(entry: Entry) -> LabelledFiles:
     data = ClassFolder(root / "images", lambda image: image)
     order = list(wanted)
     place = [order.index(folder) if folder in wanted else -1 for folder in data.folders]
-    labels = torch.tensor(place)[data.labels]
-    kept = (labels >= 0).nonzero().flatten()
-    files = [data.files[index] for index in kept.tolist()]
-    return LabelledFiles(files, labels[kept], [name.lower() for name in wanted.values()])
+    classes = [name.lower() for name in wanted.values()]
+    return _labelled(data.files, torch.tensor(place)[data.labels], classes)

@@ -173,17 +173,10 @@ def pad_batch(
 
 
 # ---- samples
-def clip_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and std of CLIP's images in grey levels."""
-    return pixel_statistics(device, *OPENAI)
-
-
 def image_statistics(tower: str | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and std in grey levels of the images of timm's tower, or by default of CLIP's, for
     `dataset.images.clip.normalize`."""
-    if tower is None:
-        return clip_statistics(device)
-    return pixel_statistics(device, *timm_statistics(tower))
+    return pixel_statistics(device, *(timm_statistics(tower) if tower else OPENAI))
 
 
 class ImageView:

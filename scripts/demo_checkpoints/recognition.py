@@ -9,7 +9,7 @@ from torch import Tensor
 import Recognition
 from base.distributed import World
 from dataset.images.clip import normalize
-from dataset.tasks.recognition import ImageView, clip_statistics
+from dataset.tasks.recognition import ImageView, image_statistics
 from dataset.text.sentencepiece import PieceTokenizer
 from evaluation.demo.abilities import Abilities, Ranked
 
@@ -23,7 +23,7 @@ def recognition(file: Path, config, world: World) -> Abilities:
     model = Recognition.build_model(task, tokenizer, world).to(world.device).eval()
     reader = Recognition.labeller(model, tokenizer, task, world)
     view = ImageView(task.network.image_size, task.whole_image)
-    statistics = clip_statistics(world.device)
+    statistics = image_statistics(task.network.image_tower, world.device)
 
     @torch.no_grad()
     def recognise(image: Tensor) -> Ranked:

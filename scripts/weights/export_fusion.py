@@ -12,7 +12,7 @@ from torch import Tensor
 
 import Retrieval
 from base.errors import UserError
-from base.pixels import OPENAI, Pixels
+from base.pixels import Pixels
 from base.writing import write_json
 from dataset.text.wordpiece import Tokenizer
 from models.fusion.dvae import ImageTokenizer
@@ -67,7 +67,7 @@ def to_onnx(source: Source, options: Options, folder: Path) -> Written:
     others = torch.tensor([1, 1, 0])
     pairs = [states[rows], mask[rows], tokens[others]]
     largest_error(match, folder / "match.onnx", pairs)
-    processor = square_processor(Pixels(side, "bicubic", *OPENAI))
+    processor = square_processor(Pixels(side, "bicubic", *model.config.vit.pixels))
     write_json(folder / "preprocessor_config.json", processor, indent=2)
     write_bert_tokenizer(tokenizer, config.max_tokens, folder, separator=False)
     return Written("onnx", TASK, PAIR_EXAMPLE)

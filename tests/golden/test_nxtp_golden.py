@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dataset.images.clip import normalize
-from dataset.tasks.recognition import ImageView, clip_statistics, pad_batch, read_list
+from dataset.tasks.recognition import ImageView, image_statistics, pad_batch, read_list
 from dataset.text.nouns import Nouns, clean, lexicon_tagger, noun_base, treebank_words
 from dataset.text.wordnet import WordNet
 from evaluation.recognition import SentenceEncoder, means, similarity_scores
@@ -56,7 +56,7 @@ def test_images_are_prepared_alike():
     assert numbers
     for number in numbers:
         image = found[f"in{number}"].permute(2, 0, 1)
-        ours = normalize(ImageView(side)(image), clip_statistics(torch.device("cpu")))
+        ours = normalize(ImageView(side)(image), image_statistics(None, torch.device("cpu")))
         compare_levels("nxtp", "prepared image", ours, found[f"out{number}"], level)
 
 

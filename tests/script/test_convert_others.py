@@ -1,15 +1,18 @@
 """scripts/weights/convert.py: vision transformers, SIMLA's retrieval pair, NXTP and the image
 tokenizer through other libraries."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from base.reading import read_json
 from dataset.images.clip import normalize, pixel_statistics
 from dataset.text.wordpiece import Tokenizer
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from models.fusion.retrieval import Retrieval, RetrievalConfig
 from runtime.checkpoint import export_safetensors
-from scripts.weights import convert
+from scripts.weights import convert, export_fusion
 from scripts.weights.graphs import Graph
 from scripts.weights.source import Options
 from tests.helpers import tiny_nxtp
@@ -194,6 +197,22 @@ def test_nxtp_in_transformers(tmp_path, monkeypatch):
         x = torch.cat([images, decoder.get_input_embeddings()(ids)], 1)
         found = decoder(inputs_embeds=x, attention_mask=bias).logits[:, n:]
     torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_the_images_of_a_tower_are_exported_as_it_takes_them(digitscenes, tmp_path, monkeypatch):
+    """timm's towers have other pixels than CLIP's."""
+    shape = tiny_config()
+    shape.vit.pixels = ((0.5, 0.4, 0.3), (0.2, 0.1, 0.6))
+    tokenizer = Tokenizer(digitscenes / "tokenizer")
+    shape.bert.vocab_size = tokenizer.vocab_size
+    model = Retrieval(RetrievalConfig(shape.vit, shape.bert, embed_dim=16, queue_size=6)).eval()
+    config = SimpleNamespace(image_res=SIDE, max_tokens=9)
+    monkeypatch.setattr(export_fusion, "open_retrieval", lambda *_: (model, tokenizer, config))
+    for name in ("write_graph", "largest_error"):
+        monkeypatch.setattr(export_fusion, name, lambda *_: None)
+    export_fusion.to_onnx(None, Options(), tmp_path)
+    written = read_json(tmp_path / "preprocessor_config.json", dict)
+    assert (written["image_mean"], written["image_std"]) == ([0.5, 0.4, 0.3], [0.2, 0.1, 0.6])
 
 
 @pytest.mark.slow

@@ -4,12 +4,14 @@ lacks."""
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from base.distributed import ALONE
 from base.errors import BadSample, UserError
 from dataset.images.decode import decode_image
 from evaluation.demo import tasks, view
@@ -295,3 +297,26 @@ def test_no_proxy_stands_before_the_page(monkeypatch):
         proxy_bypass("127.0.0.1") and proxy_bypass("localhost") and proxy_bypass("intern.example")
     )
     assert not proxy_bypass("elsewhere.example")
+
+
+@pytest.mark.parametrize("tower, black", [(None, -1.7923), ("timm/vit_base_patch16_224", -1.0)])
+def test_labels_are_of_images_as_their_tower_was_trained(tower, black, monkeypatch):
+    """The pixels of timm's towers are not CLIP's; the run's configuration names the tower."""
+    from scripts.demo_checkpoints import recognition as opened
+
+    def check(task, world):
+        task.network.image_tower, task.network.image_size = tower, 16
+
+    seen = []
+    reader = SimpleNamespace(drafts=seen.append, labels=lambda drafts, number: [])
+    reader.attention = lambda image, labels: seen.append(image) or []
+    given = {"check": check, "build_model": lambda *_: torch.nn.Identity()}
+    for name, function in {**given, "labeller": lambda *_: reader}.items():
+        monkeypatch.setattr(opened.Recognition, name, function)
+    monkeypatch.setattr(opened, "PieceTokenizer", lambda path: None)
+    config = SimpleNamespace(clip=None, device="cpu", tokenizer=None)
+    abilities = opened.recognition(Path("run"), config, ALONE)
+    image = torch.zeros(3, 20, 20, dtype=torch.uint8)
+    abilities.recognise(image)
+    abilities.attention(image, ["x"])
+    assert [pixels[0, 0, 0, 0].item() for pixels in seen] == pytest.approx([black] * 2, abs=1e-3)

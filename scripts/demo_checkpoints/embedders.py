@@ -56,7 +56,7 @@ def options(source: Path | None, config) -> embed.Config:
     )
 
 
-def image_rows(found: embed.Embedder, world: World):
+def image_rows(found: embed.BatchEmbedder, world: World):
     """inputs [B,...] -> unit float32 [B,E] on the CPU."""
     found.model.eval()
 

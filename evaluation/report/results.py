@@ -2,30 +2,36 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from markupsafe import Markup
 
 from base import distributed
-from base.writing import write_json, write_text
+from base.errors import UserError
+from base.reading import read_json
+from base.text import clean_surrogates
+from base.writing import ROOM, file_errors, strict_json, write_json, write_text
 from evaluation.report.page import join, link, page
 from evaluation.report.runs import write_index
-from runtime.config.cli import save
+from runtime.config.cli import save, to_dict
 from runtime.scores import rounded, score_lines
 
 
 def write_results(
     config, title: str, metrics: dict, sections: Sequence[str], text: str = ""
 ) -> None:
-    """result/metrics.json, result/config.yaml and result/report.html below config.output_dir;
-    prints `text` or, by default, the metrics, the scores beside chance, and what was written. Rank 0
-    does, the others do nothing.
+    """result/metrics.json, result/config.yaml and result/report.html below config.output_dir, and a
+    line of result/metrics.jsonl, which keeps the figures of every evaluation in that folder; prints
+    `text` or, by default, the metrics, the scores beside chance, and what was written. Rank 0 does,
+    the others do nothing.
     """
     if distributed.rank() != 0:
         return
     folder = Path(config.output_dir) / "result"
     source = str(config.checkpoint or getattr(config, "model", None))  # a library's model has none
     metrics = {"checkpoint": source, **metrics}
+    _keep(folder, {**metrics, "config": to_dict(config)})
     write_json(folder / "metrics.json", metrics, indent=2)
     save(config, folder / "config.yaml")
     footer = join(
@@ -38,3 +44,17 @@ def write_results(
     if not text:
         print(*score_lines(metrics), sep="\n")
     print(f"written: {folder}/metrics.json, report.html", flush=True)
+
+
+def _keep(folder: Path, row: dict) -> None:
+    """Add a line to metrics.jsonl, after the figures that an earlier version left in metrics.json:
+    the next evaluation, of another checkpoint or other data, replaces that file."""
+    history = folder / "metrics.jsonl"
+    rows = [row]
+    with suppress(OSError, UserError):  # there are none
+        if not history.exists():
+            rows.insert(0, read_json(folder / "metrics.json", dict))
+    with file_errors(history, ROOM):
+        folder.mkdir(parents=True, exist_ok=True)
+        with history.open("a", encoding="utf-8") as file:
+            file.write("".join(clean_surrogates(strict_json(each)) + "\n" for each in rows))

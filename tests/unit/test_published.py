@@ -1,12 +1,17 @@
 """Results and data sets as they are published: CLIP_benchmark's names, rows and shards, VTAB+."""
 
 import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from base.errors import UserError
+from base.reading import read_json, read_json_lines
+from base.writing import write_json
 from dataset.tasks.catalog import CATALOG, CatalogOptions, Entry, choose, wanted_entries
 from dataset.tasks.published import CLIP_BENCHMARK, COLLECTIONS, VTAB_PLUS
 from evaluation.probe import ProbeOptions
@@ -20,6 +25,7 @@ from evaluation.published import (
     write_benchmark,
     write_probe,
 )
+from evaluation.report.results import write_results
 from evaluation.zeroshot_metrics import class_figures, ranked_precision
 
 
@@ -95,6 +101,27 @@ def test_row_of_a_linear_probe(tmp_path):
     assert [data_name(name) for name in names] == ["cifar10", "pets", "flowers", "photos"]
     with pytest.raises(UserError, match="add --linear-probe"):
         ProbeOptions(data_name="x").check_probe()
+
+
+@dataclass
+class Evaluation:
+    checkpoint: str
+    val_data: str
+    output_dir: Path
+
+
+def test_figures_of_every_evaluation_in_a_folder_are_kept(tmp_path):
+    """Of another checkpoint, of other data, and of an earlier version."""
+    write_json(tmp_path / "result/metrics.json", {"checkpoint": "before.pt", "acc1": 1.0})
+    for number, (checkpoint, data) in enumerate([("a.pt", "x"), ("b.pt", "x"), ("b.pt", "y")]):
+        config = Evaluation(checkpoint, data, tmp_path)
+        write_results(config, "title", {"acc1": float(number), "loss": math.nan}, [])
+    rows = list(read_json_lines(tmp_path / "result/metrics.jsonl"))
+    assert [row["checkpoint"] for row in rows] == ["before.pt", "a.pt", "b.pt", "b.pt"]
+    assert [row["acc1"] for row in rows] == [1.0, 0.0, 1.0, 2.0]
+    assert [row["config"]["val_data"] for row in rows[1:]] == ["x", "x", "y"]
+    newest = read_json(tmp_path / "result/metrics.json")
+    assert newest == {"checkpoint": "b.pt", "acc1": 2.0, "loss": "nan"}
 
 
 @pytest.mark.parametrize(

@@ -151,21 +151,21 @@ BESIDE = ("config.json", "preprocessor_config.json", "open_clip_config.json")
 
 
 def description_of(file: Path) -> dict[str, Any]:
-    """What lies in or beside a dual encoder's checkpoint about its network, as `open_dual` takes
+    """What lies in or beside a checkpoint about its network, as `open_dual` and `open_encoder` take
     it; of a folder, that of the weights which are taken there.
 
-    `config` and its `network` of a run of ours, `args` of clip-rocket and SLIP, and the JSON files
-    that Hugging Face and open_clip keep beside the weights.
+    `config` of a run of ours or ALBEF's and its `network`, where it has one, `args` of clip-rocket
+    and SLIP, and the JSON files that Hugging Face and open_clip keep beside the weights.
     """
-    about: dict[str, Any] = {}
     file = weights_file(file)
     config = saved_config(file)
+    about: dict[str, Any] = {"config": config} if config else {}
     if isinstance(config.get("network"), Mapping):
-        about = {"config": config, "network": config["network"]}
+        about["network"] = config["network"]
     elif find_index(file) is None and not (file.is_file() and is_safetensors(file)):
         content = load_torch(index_of(file))
         arguments = content.get("args") if isinstance(content, Mapping) else None
-        about = {"args": arguments} if isinstance(arguments, Mapping) else {}
+        about |= {"args": arguments} if isinstance(arguments, Mapping) else {}
     for path in (file.with_name(name) for name in BESIDE):
         if path.is_file():
             about[path.name] = read_json(path, dict)

@@ -204,3 +204,22 @@ def test_classification_says_where_its_options_differ_from_the_weights(capsys):
     load_agreeing(model, weights, {"network": {}}, strict=True)  # a run of ours says so itself
     with pytest.raises(UserError, match="6 attention heads, but vit-ti/16 has 3"):
         load_agreeing(model, weights, {"config.json": {"num_attention_heads": 6}}, strict=False)
+
+
+def test_the_vision_transformer_of_a_run_of_simla_has_its_heads(tmp_path, capsys):
+    """As the run's configuration says, in its checkpoint and beside what is exported of it: four
+    of 6, not one of 24."""
+    from scripts.weights import convert
+    from tests.helpers.tiny_simla import tiny_model
+
+    model = tiny_model().eval()
+    image = torch.randn(2, 3, 32, 32)
+    expected = model.visual_encoder(image)[:, 0]
+    run = {"model": model.state_dict(), "config": {"vision_heads": 4, "image_res": 32}}
+    torch.save(run, tmp_path / "run.pt")
+    export = ["--to", "safetensors", "--output", str(tmp_path / "out")]
+    assert convert.main([str(tmp_path / "run.pt"), *export]) == 0
+    for file in (tmp_path / "run.pt", tmp_path / "out/model.safetensors"):
+        encoder = open_encoder(read_weights(file), description_of(file)).eval()
+        torch.testing.assert_close(encoder(image), expected)
+        assert "vision_heads: 4" in (tmp_path / "out/README.md").read_text()

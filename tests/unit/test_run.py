@@ -132,6 +132,12 @@ def best_step(folder: Path) -> int:
     return load_checked(saved(folder, "best"))["step"]
 
 
+def test_the_last_update_is_validated_whatever_the_interval(tmp_path):
+    changes = {"scheduler": Schedule(duration="5 steps"), "eval_every": "2 steps"}
+    train(options(tmp_path, **changes, save_every="3 steps"), [0.1, 0.2, 0.3, 0.4, 0.5])
+    assert validated(tmp_path) == [2, 4, 5] and best_step(tmp_path) == 5
+
+
 @both_kinds
 def test_max_steps_makes_no_further_update_at_restarts(kind, tmp_path, capsys):
     for _ in range(3):

@@ -1,6 +1,7 @@
 """What is made once for many: by one at a time, whose lock is gone afterwards."""
 
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -11,13 +12,27 @@ import torch
 
 import eval_knn
 from base import pixels
-from base.caches import one_builder
+from base.caches import cached_path, one_builder
 from base.distributed import ALONE
 from base.pixels import HALF, Pixels
 from dataset.health import survey
 from dataset.tasks import pretrain
 from evaluation.demo import index
 from scripts import embed
+
+
+def test_a_cached_file_is_that_of_one_state_of_its_source(tmp_path):
+    source = tmp_path / "a.json"
+    source.write_text("ab")
+    first = cached_path(source, ".index", "caption")
+    assert (
+        cached_path(source, ".index", "caption") == first != cached_path(source, ".index", "text")
+    )
+    os.utime(source, ns=(0, 0))  # of the same length, at another time
+    other = cached_path(source, ".index", "caption")
+    source.write_text("abc")
+    os.utime(source, ns=(0, 0))
+    assert len({first, other, cached_path(source, ".index", "caption")}) == 3
 
 
 def test_one_builds_at_a_time_and_no_lock_is_left(tmp_path):

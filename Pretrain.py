@@ -41,7 +41,7 @@ from models.weights.albef import load_bert, load_bert_folder, start_from
 from models.weights.starting_vit import start_vision
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
-from runtime.config.from_checkpoint import check_architecture, saved_config
+from runtime.config.from_checkpoint import check_architecture, description_of, saved_config
 from runtime.config.networks import FusionNetworks
 from runtime.flops import training_flops
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
@@ -125,7 +125,7 @@ def build_model(
     )
     if config.text_weights:
         load_bert(model.text_encoder, *load_bert_folder(config.text_weights))
-    start_vision(model.visual_encoder, config.vision_weights, read_weights)
+    start_vision(model.visual_encoder, config.vision_weights, read_weights, description_of)
     MomentumPairs(model).copy()
     if config.checkpoint:
         check_architecture(config, saved_config(config.checkpoint))

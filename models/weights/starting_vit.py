@@ -5,20 +5,21 @@ is folded into the patch convolution, which then computes the same; another acti
 heads, of which the weights tell nothing, is refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from base.errors import UserError
 from base.pixels import OPENAI, RGB
-from base.reading import read_json
+from models.classification.classifier import ClassifierConfig
 from models.layers.vit import ViT
 from models.weights.albef import deit_weights
 from models.weights.image_encoder import ImageEncoder
 from models.weights.libraries import library_encoder, timm_encoder
-from models.weights.loading import load_checkpoint
+from models.weights.loading import from_saved, load_checkpoint
 from models.weights.stated import check_stated
 from models.weights.vit import native
 from models.weights.vit_facts import OF_TRANSFORMERS
@@ -26,7 +27,12 @@ from models.weights.vit_facts import OF_TRANSFORMERS
 State = dict[str, Tensor]
 
 
-def start_vision(vit: ViT, source: Path | None, read_weights: Callable[[Path], State]) -> None:
+def start_vision(
+    vit: ViT,
+    source: Path | None,
+    read_weights: Callable[[Path], State],
+    describe: Callable[[Path], Mapping[str, Any]],
+) -> None:
     """Load what the vision transformer starts from: the weights of its tower, or those of `source`,
     as `starting_vit` reads them. UserError."""
     if vit.config.tower:
@@ -34,23 +40,29 @@ def start_vision(vit: ViT, source: Path | None, read_weights: Callable[[Path], S
             raise UserError("vision_weights and vision_tower exclude each other; choose one")
         vit.patch_embed.backbone.load(read_weights)
     elif source:
-        state = starting_vit(source, read_weights, vit.config.heads, vit.config.grid)
+        state = starting_vit(source, read_weights, describe, vit.config.heads, vit.config.grid)
         load_checkpoint(vit, state, allowed_missing=("mask_token",))
 
 
 def starting_vit(
-    source: Path, read_weights: Callable[[Path], State], heads: int, grid: int
+    source: Path,
+    read_weights: Callable[[Path], State],
+    describe: Callable[[Path], Mapping[str, Any]],
+    heads: int,
+    grid: int,
 ) -> State:
     """Weights under the native names, positions for grid x grid patches, without classifier; the
     caller's load reports what does not fit.
 
     source: a file or folder, `timm/NAME` (weights fetched), `timm/NAME:FILE`, or `hf/FOLDER` (or a
-    name of the hub). read_weights: reads a file safely. heads: of the network that starts. UserError.
+    name of the hub). read_weights, describe: `runtime.checkpoint.read_weights` and
+    `runtime.config.from_checkpoint.description_of`. heads: of the network that starts. UserError.
     """
     library = str(source).partition("/")[0]
     if library not in ("timm", "hf") or source.exists():
-        check_beside(source, heads)
-        return deit_weights(native(read_weights(source)), grid)
+        weights = deit_weights(native(read_weights(source)), grid)
+        check_described(source, describe(source), heads)
+        return weights
     encoder = library_vit(str(source), read_weights)
     network = encoder.network
     if library == "timm":
@@ -64,22 +76,28 @@ def starting_vit(
         raise UserError(
             f"vision_weights {source}: its activation is not this ViT's, the exact GELU"
         )
-    if found != heads:
-        raise UserError(f"vision_weights {source}: {found} attention heads; set vision_heads to it")
+    check_heads(source, found, heads)
     state = deit_weights(native(network.state_dict()), grid)
     return fold_pixels(state, encoder.pixels.mean, encoder.pixels.std)
 
 
-def check_beside(source: Path, heads: int) -> None:
-    """UserError where transformers' config.json beside the weights describes another ViT than
-    ours of that many heads."""
-    file = (source if source.is_dir() else source.parent) / "config.json"
-    described = read_json(file, dict) if file.is_file() else {}
+def check_described(source: Path, about: Mapping[str, Any], heads: int) -> None:
+    """UserError where what lies in or beside the weights, of transformers or of a run of
+    Classification.py, describes another ViT than ours of that many heads."""
+    described = about.get("config.json", {})
     if described.get("model_type") in OF_TRANSFORMERS:
         computed = {"num_attention_heads": (heads,), "hidden_act": ("gelu",)}
-        check_stated(
-            f"vision_weights {file}", described, computed, "set vision_heads, or give others"
-        )
+        where = f"vision_weights {source}, config.json"
+        check_stated(where, described, computed, "set vision_heads, or give others")
+    network = about.get("network", {})
+    if str(network.get("model", "")).startswith("vit-"):
+        check_heads(source, from_saved(ClassifierConfig, network).vit.heads, heads)
+
+
+def check_heads(source: Path, found: int, heads: int) -> None:
+    """UserError where weights are of other attention heads."""
+    if found != heads:
+        raise UserError(f"vision_weights {source}: {found} attention heads; set vision_heads to it")
 
 
 def library_vit(source: str, read_weights: Callable[[Path], State]) -> ImageEncoder:

@@ -11,6 +11,7 @@ from models.layers.vit import ViT, ViTConfig
 from models.weights.loading import load_checkpoint
 from models.weights.starting_vit import starting_vit
 from runtime.checkpoint import read_weights
+from runtime.config.from_checkpoint import description_of
 
 SHAPE = {"image_size": 32, "patch_size": 16, "width": 64, "depth": 6, "heads": 2, "mlp_ratio": 3.0}
 
@@ -18,7 +19,7 @@ SHAPE = {"image_size": 32, "patch_size": 16, "width": 64, "depth": 6, "heads": 2
 def ours(source, heads=2, **changes):
     config = ViTConfig(**(SHAPE | changes | {"heads": heads}), pixels=OPENAI)
     vit = ViT(config).eval()
-    load_checkpoint(vit, starting_vit(source, read_weights, heads, config.grid))
+    load_checkpoint(vit, starting_vit(source, read_weights, description_of, heads, config.grid))
     return vit
 
 
@@ -49,7 +50,7 @@ def test_a_vit_of_timm_with_its_own_pixels(tmp_path, image):
         found = vit(large)
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
     with pytest.raises(UserError, match="3 attention heads; set vision_heads to it"):
-        starting_vit(Path(f"timm/{name}:{file}"), read_weights, 4, 14)
+        starting_vit(Path(f"timm/{name}:{file}"), read_weights, description_of, 4, 14)
 
 
 def test_a_vit_of_transformers(tmp_path, image):
@@ -70,11 +71,25 @@ def test_a_vit_of_transformers(tmp_path, image):
         expected = theirs(normalised(image, mean, std)).last_hidden_state
         found = vit(image)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    plain = starting_vit(tmp_path, read_weights, 2, 2)  # as they are, for pixels of DeiT
+    plain = starting_vit(
+        tmp_path, read_weights, description_of, 2, 2
+    )  # as they are, for pixels of DeiT
     assert torch.equal(plain["norm.weight"], theirs.layernorm.weight)
     for path in (tmp_path, tmp_path / "model.safetensors"):
         with pytest.raises(UserError, match=r"num_attention_heads is 2.* computes 4; set vision_h"):
-            starting_vit(path, read_weights, 4, 2)
+            starting_vit(path, read_weights, description_of, 4, 2)
+
+
+def test_a_run_of_classification_has_the_heads_of_its_model(tmp_path):
+    from models.classification.classifier import ClassifierConfig, VisionClassifier
+
+    sizes = {"model": "vit-mu/16", "image_size": 32}  # two heads
+    model = VisionClassifier(ClassifierConfig(**sizes))
+    torch.save({"model": model.state_dict(), "config": {"network": sizes}}, tmp_path / "run.pt")
+    weights = starting_vit(tmp_path / "run.pt", read_weights, description_of, 2, 2)
+    assert torch.equal(weights["norm.weight"], model.norm.weight)
+    with pytest.raises(UserError, match="2 attention heads; set vision_heads to it"):
+        starting_vit(tmp_path / "run.pt", read_weights, description_of, 4, 2)
 
 
 def test_what_is_no_such_vit_is_refused(tmp_path):
@@ -83,4 +98,4 @@ def test_what_is_no_such_vit_is_refused(tmp_path):
     file = tmp_path / "other.pth"
     torch.save(timm.create_model("test_resnet").state_dict(), file)
     with pytest.raises(UserError, match="no vision transformer"):
-        starting_vit(Path(f"timm/test_resnet:{file}"), read_weights, 2, 2)
+        starting_vit(Path(f"timm/test_resnet:{file}"), read_weights, description_of, 2, 2)

@@ -10,6 +10,11 @@ from base.limits import WORKERS
 COMPILE_MODES = ("default", "blocks", "reduce-overhead", "max-autotune")
 
 
+def starts_over(resume: str) -> bool:
+    """Whether `--resume` says that nothing in the output folder is continued."""
+    return resume.lower() in ("no", "none", "false")
+
+
 @dataclass
 class RunConfig:
     """The run."""

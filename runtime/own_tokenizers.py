@@ -12,11 +12,15 @@ from typing import Any
 from base.caches import one_builder
 from base.errors import UserError
 from base.processes import SENTENCE_FILE
+from base.reading import read_json
 from base.text import as_list
+from base.writing import write_json
+from runtime.options import starts_over
 
 TRAINED = "trained"
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 VOCABULARY, IMAGE_TOKENIZER = SCRIPTS / "data/train_vocabulary.py", SCRIPTS / "train_dvae.py"
+NOTE = "learnt_from.json"  # in output_dir: the data of every tokenizer there
 PIXELS_A_CODE = 4  # side of the square that a code of train_dvae.py's tokenizer stands for
 SMALL_DVAE = ["--vocab_size", "256", "--epochs", "400 steps"]  # a minute on a laptop
 # of a launcher: what is trained here is trained by one process
@@ -56,11 +60,12 @@ def train_tokenizers_if_asked(config: Any) -> None:
 def _vocabulary(config: Any, name: str, kind: str) -> Path:
     """The vocabulary `name` in output_dir, of the captions or labels of the training data."""
     target = config.output_dir / name
+    data = [str(file) for file in _lists(config)]
+    shards = getattr(config, "shards", [])
     with one_builder(target):
         if target.exists():
+            _check_source(config, name, data or shards)
             return target
-        data = [str(file) for file in _lists(config)]
-        shards = getattr(config, "shards", [])
         _check_data(config, data or shards, name)
         _check_folder(config, name)
         print(f"{target} is not there yet: learning it from the training data", flush=True)
@@ -69,15 +74,18 @@ def _vocabulary(config: Any, name: str, kind: str) -> Path:
         options += ["--data", *data] if data else []
         options += ["--shards", *shards] if shards else []
         _run(VOCABULARY, options, name)
+        _note_source(config, name, data or shards)
     return target
 
 
 def _image_tokenizer(config: Any) -> Path:
     """The image tokenizer in output_dir, of the images of the training lists, else of the shards."""
     folder = config.output_dir / "image_tokenizer"
+    data = [str(file) for file in _lists(config)] or getattr(config, "shards", [])
     with one_builder(folder):
-        if not (folder / "image_tokenizer.safetensors").exists():
-            data = [str(file) for file in _lists(config)] or getattr(config, "shards", [])
+        if (folder / "image_tokenizer.safetensors").exists():
+            _check_source(config, folder.name, data)
+        else:
             _check_data(config, data, "image_tokenizer_path")
             _check_folder(config, folder.name)
             print(f"{folder} is not there yet: training it on the training images", flush=True)
@@ -86,6 +94,7 @@ def _image_tokenizer(config: Any) -> Path:
             options += ["--size", str(side), "--flip", str(config.flip).lower(), *SMALL_DVAE]
             options += ["--workers", str(config.workers), "--device", config.device]
             _run(IMAGE_TOKENIZER, [*options, "--output_dir", str(folder)], "image_tokenizer")
+            _note_source(config, folder.name, data)
     return folder
 
 
@@ -107,12 +116,45 @@ def _check_data(config: Any, data: Sequence, name: str) -> None:
 
 def _check_folder(config: Any, name: str) -> None:
     """A run that trains its tokenizers has them before its first checkpoint."""
-    begun = next(config.output_dir.glob("checkpoint_*"), None)
-    if begun is not None and getattr(config, "resume", "auto") != "no":
+    if begun := _to_resume(config):
         raise UserError(
             f"{begun} is of a run without {config.output_dir / name}; choose another --output_dir, "
             "or --resume no to start from scratch"
         )
+
+
+def _to_resume(config: Any) -> Path | None:
+    """A checkpoint that the run continues; None where it starts from scratch."""
+    found = config.output_dir.glob("checkpoint_*")
+    begun = next((path for path in found if path.suffix != ".superseded"), None)
+    return None if starts_over(getattr(config, "resume", "auto")) else begun
+
+
+def _check_source(config: Any, name: str, data: Sequence) -> None:
+    """UserError where a run from scratch would use a tokenizer of other data. One that continues
+    needs that of its weights, and is asked about its data as about all options."""
+    note = config.output_dir / NOTE
+    if not data or getattr(config, "evaluate", False) or not note.is_file() or _to_resume(config):
+        return
+    learnt_from = read_json(note, dict).get(name)
+    if learnt_from not in (None, _in_full(data)):
+        other = ", ".join(map(str, as_list(learnt_from)))
+        raise UserError(
+            f"{config.output_dir / name} was learnt from other data ({other:.300}); "
+            "remove it to learn it from this run's, or choose another --output_dir"
+        )
+
+
+def _note_source(config: Any, name: str, data: Sequence) -> None:
+    """Note in the folder what the tokenizer was learnt from."""
+    note = config.output_dir / NOTE
+    known = read_json(note, dict) if note.is_file() else {}
+    write_json(note, {**known, name: _in_full(data)}, indent=2)
+
+
+def _in_full(data: Sequence) -> list[str]:
+    """The names of data, paths from the root on."""
+    return [name if "://" in name else os.path.abspath(name) for name in map(str, data)]
 
 
 def _run(script: Path, options: list[str], what: str) -> None:

@@ -31,7 +31,7 @@ from runtime.interrupt import EXIT_REQUEUE, Interrupt
 from runtime.log import Meters, RunLog, Stopwatch, logged_values
 from runtime.optim.build import Precision, build_optimizer
 from runtime.optim.schedule import Plan, steps
-from runtime.options import RunConfig
+from runtime.options import RunConfig, starts_over
 from runtime.parallel import parallelize, to_device
 from runtime.profiling import StepProfiler
 from runtime.resume import check_same_run, check_weights_fit, script_of
@@ -155,11 +155,11 @@ class Run:
     def _find_saved(self) -> tuple[Path | None, dict | None]:
         """Newest intact checkpoint, whose hash rank 0 has verified, and its content."""
         resume = self.config.resume.lower()
-        if resume not in ("auto", "true", "yes", "no", "none", "false"):
+        if resume not in ("auto", "true", "yes") and not starts_over(resume):
             raise UserError(
                 f"--resume {resume!r}: use auto, yes or no (--checkpoint FILE starts from weights)"
             )
-        if resume in ("no", "none", "false"):
+        if starts_over(resume):
             return None, None
         path = distributed.on_main(self.checkpoints.newest_valid)
         if path is None:

@@ -188,9 +188,39 @@ def test_folder_of_another_run_gets_no_tokenizer(pairs, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="choose another --output_dir"):
             train_tokenizers_if_asked(config)
     assert not trained
-    config.resume = "no"
+    for resume in ("no", "No", "false"):
+        config.text_encoder, config.resume = TRAINED, resume
+        train_tokenizers_if_asked(config)
+    assert len(trained) == 4  # of the image too, the first time
+    (tmp_path / "run/checkpoint_00000003.pt").rename(tmp_path / "run/checkpoint_3.pt.superseded")
+    config.text_encoder, config.resume = TRAINED, "auto"
     train_tokenizers_if_asked(config)
-    assert len(trained) == 1
+    assert len(trained) == 5
+
+
+def test_a_tokenizer_of_other_data_is_not_used_from_scratch(pairs, tmp_path, forked, monkeypatch):
+    """Silently, the captions of a run would be spelled in the words of another's."""
+    monkeypatch.setattr(own_tokenizers, "SMALL_DVAE", ["--width", "4", "--epochs", "1 steps"])
+    run = tmp_path / "run"
+
+    def start(data, **changes):
+        config = Options(run, [str(data)], image_tokenizer_path=Path(TRAINED))
+        vars(config).update(changes)
+        train_tokenizers_if_asked(config)
+
+    start(pairs)
+    monkeypatch.chdir(tmp_path)
+    start(Path(pairs.name), resume="no")  # the same folder
+    for changes in ({}, {"resume": "no"}, {"text_encoder": "other"}):
+        with pytest.raises(UserError, match=r"was learnt from other data .*my images.*; remove it"):
+            start(tmp_path / "other.json", **changes)
+    start(tmp_path / "other.json", evaluate=True)
+    (run / "checkpoint_00000003.pt").touch()  # what it continues with is asked elsewhere
+    start(tmp_path / "other.json", resume="yes")
+    with pytest.raises(UserError, match="was learnt from other data"):
+        start(tmp_path / "other.json", resume="no")
+    (run / "learnt_from.json").unlink()  # of an earlier version
+    start(tmp_path / "other.json", resume="no")
 
 
 TASKS = {

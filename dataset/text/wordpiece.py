@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import default_collate
 
-from base.errors import BadSample, UserError
+from base.errors import BadSample, UserError, brief
 from base.hub import from_hub
 from base.reading import read_json, read_lines, read_text
 from base.text import clean_surrogates, is_blank
@@ -180,9 +180,24 @@ def mlm_targets(labels: torch.Tensor, multiple: int = 32) -> tuple[torch.Tensor,
     return positions, targets
 
 
+def _normalizing(vocabulary: Path) -> dict[str, bool | None]:
+    """Options of BertNormalizer from tokenizer_config.json beside a vocab.txt. UserError."""
+    file = vocabulary.with_name("tokenizer_config.json")
+    stated = read_json(file, dict) if file.is_file() else {}
+    found = {
+        "lowercase": stated.get("do_lower_case", True),
+        "strip_accents": stated.get("strip_accents"),
+        "handle_chinese_chars": stated.get("tokenize_chinese_chars", True),
+    }
+    for name, value in found.items():
+        if not isinstance(value, bool) and (value is not None or name != "strip_accents"):
+            raise UserError(f"{file}: {name} is {brief(value)}, not true or false; fetch it again")
+    return found
+
+
 def _load_backend(source: str):
     """The `tokenizers.Tokenizer` behind a folder, file or hub name; a vocab.txt is taken to be
-    lower-casing BERT's."""
+    lower-casing BERT's, where no tokenizer_config.json beside it says otherwise."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, normalizers, pre_tokenizers
 
@@ -202,7 +217,7 @@ def _load_backend(source: str):
         if not read_text(file).endswith("\n"):
             warnings.warn(f"tokenizer {file}: its last line has no end; is it whole?", stacklevel=3)
         backend = Backend(models.WordPiece(vocabulary, unk_token="[UNK]"))
-        backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+        backend.normalizer = normalizers.BertNormalizer(**_normalizing(file))
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         return backend
     if path.exists() or path.is_absolute() or source.startswith("."):

@@ -163,10 +163,11 @@ def hugging_face_config(values: dict, where: object = "config.json") -> LlamaCon
         or values.get("attention_bias")
         or values.get("mlp_bias")
         or values.get("use_sliding_window")
+        or values.get("hidden_act", "silu") not in ("silu", "swish")
     ):
         raise UserError(
             f"{where}: a {kind} with {rope_kind} rotary positions, not a plain LLaMA; use a LLaMA of "
-            "any generation, SmolLM2, Qwen2 or Qwen3, without attention_bias and sliding window"
+            "any generation, SmolLM2, Qwen2 or Qwen3, of silu, without attention_bias and sliding window"
         )
     theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     try:

@@ -1,5 +1,6 @@
 """Cleaning, WordPiece in fixed lengths and masked-language-model targets."""
 
+import json
 import pickle
 import random
 import warnings
@@ -30,6 +31,29 @@ def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
     return Tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {},
+        {"do_lower_case": False},
+        {"do_lower_case": True, "strip_accents": False},
+        {"do_lower_case": False, "strip_accents": True, "tokenize_chinese_chars": False},
+    ],
+)
+def test_a_vocabulary_is_read_as_its_configuration_says(tmp_path, stated):
+    import transformers
+
+    words = [*SPECIAL, "Dog", "dog", "cafe", "café", "Café", "Cafe", "狗", "##狗"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(stated))
+    theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
+    text = "Dog Café 狗狗"
+    assert Tokenizer(tmp_path).plain_ids(text) == theirs.encode(text, add_special_tokens=False)
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": "no"}')
+    with pytest.raises(UserError, match="lowercase is 'no', not true or false"):
+        Tokenizer(tmp_path)
 
 
 def test_captions():

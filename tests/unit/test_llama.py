@@ -284,7 +284,12 @@ class TestRefused:
             read_llama(tmp_path)
 
     @pytest.mark.parametrize(
-        "change", [{"model_type": "mistral"}, {"rope_scaling": {"type": "linear", "factor": 2.0}}]
+        "change",
+        [
+            {"model_type": "mistral"},
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"hidden_act": "gelu"},
+        ],
     )
     def test_another_kind_of_decoder(self, change, tmp_path):
         (tmp_path / "config.json").write_text(

@@ -64,6 +64,11 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"--{name} {value:g}: give {least} or more")
+    if options.signal_delay >= 60 * options.timeout:
+        raise UserError(
+            f"--timeout {options.timeout} (minutes): Slurm would warn {options.signal_delay} seconds "
+            "before its end, at the start; give a larger --timeout, or a smaller --signal_delay"
+        )
     if options.tasks is None:
         options.tasks = max(1, options.ngpus)
     return options, words
@@ -122,14 +127,7 @@ def add_job_options(form: argparse.ArgumentParser) -> None:
         "--job-dir",
         help="folder of logs and results; %%j is the job's number [output/NAME or slurm/%%j]",
     )
-    add(
-        "--signal_delay",
-        "--signal-delay",
-        type=int,
-        default=120,
-        metavar="SECONDS",
-        help="time to save in [120]",
-    )
+    add("--signal_delay", "--signal-delay", type=int, default=120, help="seconds to save in [120]")
     add(
         "--max_requeues",
         "--max-requeues",

@@ -100,7 +100,7 @@ def test_defaults_are_the_originals_launcher(capsys):
 
 def test_cpu_job_asks_for_no_gpu(capsys):
     text = preview(
-        capsys, "Pretrain.py", "--nodes", "1", "--ngpus", "0", "--tasks", "3", "--timeout", "1"
+        capsys, "Pretrain.py", "--nodes", "1", "--ngpus", "0", "--tasks", "3", "--timeout", "3"
     )
     assert "--ntasks-per-node=3" in options(text)
     assert "gpus" not in text and "--mem" not in text
@@ -204,6 +204,7 @@ def test_absent_slurm_says_how_to_run_without(tmp_path):
         (["Pretrian.py"], "Pretrain.py"),
         (["Pretrain.py", "--nodes", "0"], "--nodes 0: give 1 or more"),
         (["Pretrain.py", "--tasks", "0"], "--tasks 0: give 1 or more"),
+        (["Pretrain.py", "--timeout", "2"], r"--timeout 2 \(minutes\): Slurm would warn 120"),
         (["Pretrain.py", "--mem", "-0.5"], "--mem -0.5: give 0 or more"),
         (["Pretrain.py", "--max_requeues", "-1"], "--max_requeues -1: give 0 or more"),
         (["Pretrain.py", "--partion", "gpu"], "--partion: no option .* did you mean --partition?"),

@@ -72,6 +72,15 @@ def test_an_interrupted_copy_is_made_again(fetched, cache):
     assert fetched == [("someone/pairs", None, "train")] * 2
 
 
+def test_an_image_left_half_written_is_written_again(tmp_path):
+    image = {"bytes": encoded(9), "path": None}
+    path = hub.image_file(image, tmp_path, "photo", 0)
+    with open(path, "r+b") as file:
+        file.truncate(8)
+    assert hub.image_file(image, tmp_path, "photo", 0) == path
+    assert open(path, "rb").read() == encoded(9)
+
+
 def test_the_other_tools_take_it_too(fetched, tmp_path):
     address = "hf://someone/pairs/small?image=photo&caption=title"
     assert not is_shards(address) and len(open_list(address)) == 2

@@ -121,6 +121,13 @@ def rank(
             f"k {k}: there are {images} images and {len(captions)} captions, all re-ranked",
             stacklevel=3,
         )
+    if k < min(max(AT), max(images, len(captions))) and world.is_main:
+        deeper = " and ".join(f"R@{at}" for at in AT if at > k)
+        warnings.warn(
+            f"k {k}: {deeper} count what follows the {k} candidates in the order of the list; "
+            f"re-rank {max(AT)} or more",
+            stacklevel=3,
+        )
     by_image = nearest(image_features, text_features, min(k, len(captions)), world)
     by_text = nearest(text_features, image_features, min(k, images), world)
     if not rerank:

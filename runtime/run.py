@@ -423,7 +423,7 @@ class Run:
         if due:
             means = self.meters.read()
             position = {
-                "epoch": round(self.plan.position(step) / self.plan.epoch_steps, 4),
+                "epoch": round(self.plan.epoch(step), 4),
                 "lr": self.plan.lr(step - 1),
             }
             reports = distributed.gather_objects((self.loader.errors, self.saver.failure))

@@ -226,7 +226,8 @@ class Plan:
 
     epoch_steps: updates an epoch; batch: samples an update over all processes; total: updates of
     the training. shift: how many more updates of this batch the samples seen would be than were
-    made; other than 0 behind a change of the number of processes or of the batch size.
+    made; other than 0 behind a change of the number of processes or of the batch size, and where the
+    training is counted in updates in `seen` alone, by which the log counts epochs.
     """
 
     schedule: Schedule
@@ -235,6 +236,7 @@ class Plan:
     batch: int
     total: int
     shift: int = 0
+    seen: int = 0
 
     @classmethod
     def of(
@@ -267,14 +269,20 @@ class Plan:
             accumulate=accumulate,
             batch=batch,
         )
-        if not done or counts_updates(schedule.duration):
+        if not done:
             return plan
         shift = loader.samples // batch - done
-        return replace(plan, total=plan.total - shift, shift=shift)
+        if counts_updates(schedule.duration):
+            return replace(plan, seen=shift)
+        return replace(plan, total=plan.total - shift, shift=shift, seen=shift)
 
     def position(self, step: int) -> int:
         """Updates of this batch that the samples before update `step` would be."""
         return step + self.shift
+
+    def epoch(self, step: int) -> float:
+        """Epochs that the samples before update `step` come to."""
+        return (step + self.seen) / self.epoch_steps
 
     def ramp(self, step: int, duration: Duration) -> float:
         """Linear ramp over `duration`, from 0 before the first update of the training to 1."""

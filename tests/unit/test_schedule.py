@@ -66,7 +66,7 @@ def test_another_number_of_processes_keeps_the_length_in_samples():
     assert (before.batch, before.total, before.shift) == (16, 30, 0)
     alone = planned((1, 40, 160), 10, **schedule)
     assert (alone.batch, alone.total, alone.shift) == (8, 50, 10)  # 40 updates of 8 are left
-    assert alone.position(10) / alone.epoch_steps == before.position(10) / before.epoch_steps == 1
+    assert alone.epoch(10) == before.epoch(10) == 1
     assert alone.lr(10) == pytest.approx(before.lr(10), rel=0.01)
     assert alone.lr(49) == before.lr(29) == 1e-5
     assert alone.ramp(10, "2 epochs") == before.ramp(10, "2 epochs") == 0.5
@@ -80,6 +80,10 @@ def test_another_number_of_processes_keeps_the_length_in_samples():
 def test_a_training_counted_in_updates_keeps_them():
     alone = planned((1, 40, 160), 10, duration="30 steps")
     assert (alone.total, alone.shift) == (30, 0)
+    assert alone.lr(10) == planned((1, 40, 0), 0, duration="30 steps").lr(10)
+    # 160 of 160 samples an epoch of two processes: one epoch, and every update of 8 is 1/20
+    assert (alone.epoch(10), alone.epoch(11)) == (1.0, 1.05)
+    assert planned((2, 20, 160), 10, duration="30 steps").epoch(11) == 1.1
 
 
 @pytest.mark.parametrize("duration", ["0 epochs", 0, "0 steps"])

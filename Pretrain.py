@@ -22,7 +22,7 @@ from torch import Tensor
 
 from base import distributed
 from base.distributed import World
-from base.errors import UserError
+from base.errors import UserError, naming
 from dataset.images.albef import PretrainTransform
 from dataset.images.block_mask import BlockMask
 from dataset.images.randaugment import RandAugment
@@ -124,7 +124,8 @@ def build_model(
         )
     )
     if config.text_weights:
-        load_bert(model.text_encoder, *load_bert_folder(config.text_weights))
+        with naming("text_weights", config.text_weights):
+            load_bert(model.text_encoder, *load_bert_folder(config.text_weights))
     start_vision(model.visual_encoder, config.vision_weights, read_weights, description_of)
     MomentumPairs(model).copy()
     if config.checkpoint:

@@ -2,7 +2,8 @@
 cannot be used."""
 
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -28,6 +29,17 @@ class BadSample(ValueError):
     def __init__(self, message: str = "", lost: int = 1):
         super().__init__(message)
         self.lost = lost
+
+
+@contextmanager
+def naming(option: str, source: object) -> Iterator[None]:
+    """A UserError inside begins with the option and its file, where it does not name the file."""
+    try:
+        yield
+    except UserError as error:
+        if str(source) in str(error):
+            raise
+        raise UserError(f"{option} {source}: {error}") from None
 
 
 def unknown(name: str, value: object, known: Iterable[str]) -> UserError:

@@ -374,6 +374,8 @@ def load_bert_folder(name: str | Path) -> tuple[dict[str, Tensor], dict]:
     folder = Path(name)
     if folder.is_dir():
         files = {file: folder / file for file in OF_BERT if (folder / file).is_file()}
+    elif folder.is_file() or folder.is_absolute() or str(name).startswith("."):
+        raise UserError(f"{name}: no folder; give the one of a BERT's config.json and weights")
     else:
         files = _hub_files(str(name))
     index = find_index(folder)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from base.errors import UserError
+from base.errors import UserError, naming
 from base.pixels import OPENAI, RGB
 from models.classification.classifier import ClassifierConfig
 from models.layers.vit import ViT
@@ -40,8 +40,9 @@ def start_vision(
             raise UserError("vision_weights and vision_tower exclude each other; choose one")
         vit.patch_embed.backbone.load(read_weights)
     elif source:
-        state = starting_vit(source, read_weights, describe, vit.config.heads, vit.config.grid)
-        load_checkpoint(vit, state, allowed_missing=("mask_token",))
+        with naming("vision_weights", source):
+            state = starting_vit(source, read_weights, describe, vit.config.heads, vit.config.grid)
+            load_checkpoint(vit, state, allowed_missing=("mask_token",))
 
 
 def starting_vit(

@@ -294,6 +294,10 @@ def test_bert_folder(tmp_path, form):
 def test_bert_that_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"needs config.json and model.safetensors"):
         adapters.load_bert_folder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    for path in (tmp_path / "model.safetensors", tmp_path / "gone", "./gone"):
+        with pytest.raises(UserError, match=r"no folder; give the one of a BERT"):
+            adapters.load_bert_folder(path)  # not a name of the hub
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="hf download no-such-bert-here"):
         adapters.load_bert_folder("no-such-bert-here")

@@ -9,7 +9,7 @@ from base.errors import UserError
 from base.pixels import OPENAI
 from models.layers.vit import ViT, ViTConfig
 from models.weights.loading import load_checkpoint
-from models.weights.starting_vit import starting_vit
+from models.weights.starting_vit import start_vision, starting_vit
 from runtime.checkpoint import read_weights
 from runtime.config.from_checkpoint import description_of
 
@@ -99,3 +99,15 @@ def test_what_is_no_such_vit_is_refused(tmp_path):
     torch.save(timm.create_model("test_resnet").state_dict(), file)
     with pytest.raises(UserError, match="no vision transformer"):
         starting_vit(Path(f"timm/test_resnet:{file}"), read_weights, description_of, 2, 2)
+
+
+@pytest.mark.parametrize("weights", [{"a.weight": torch.ones(1)}, {"a.weight": torch.ones(1) / 0}])
+def test_what_is_wrong_names_the_option_and_the_file_once(tmp_path, weights):
+    """A recipe may name four files of weights."""
+    file = tmp_path / "other.pth"
+    torch.save(weights, file)
+    vit = ViT(ViTConfig(**SHAPE))
+    with pytest.raises(UserError) as caught:
+        start_vision(vit, file, read_weights, description_of)
+    assert str(caught.value).count(str(file)) == 1
+    assert str(caught.value).startswith((f"vision_weights {file}: no weights of a", f"{file}: a."))

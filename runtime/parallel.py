@@ -118,7 +118,10 @@ def compile_parts(model: nn.Module, features) -> None:
             name = "cache_size_limit"
         setattr(limits, name, max(GRAPHS, getattr(limits, name)))
     for part in parts:
-        part.compile(mode=None if mode in ("default", "blocks") else mode)
+        # of one class, but not of one size: torch would take sizes of maps for variable ones
+        convolves = any(isinstance(module, nn.Conv2d) for module in part.modules())
+        dynamic = False if convolves and part is not model else None
+        part.compile(mode=None if mode in ("default", "blocks") else mode, dynamic=dynamic)
 
 
 def match_strides(model: nn.Module) -> None:

@@ -112,6 +112,8 @@ class Block(nn.Module):
         )
         self.skip = stride == 1 and before == width
         self.drop = drop
+        # a tensor, so that blocks of one size share their compiled code
+        self.register_buffer("keep", torch.tensor(1 - drop) if drop else None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,H,W] -> [B,C',H',W'] with H' = H // stride."""
@@ -123,12 +125,11 @@ class Block(nn.Module):
         y = self.projection["project_bn"](self.project(y))
         if not self.skip:
             return y
-        if not (self.training and self.drop):
+        if self.keep is None or not self.training:
             return x + y
         # the branch of a sample is dropped as a whole (stochastic depth, Huang 2016)
-        noise = torch.rand(len(x), 1, 1, 1, device=x.device, dtype=y.dtype)
-        kept = noise.add_(1 - self.drop).floor_()
-        return torch.addcmul(x, y, kept / (1 - self.drop))
+        kept = torch.rand(len(x), 1, 1, 1, device=x.device) < self.keep
+        return torch.addcmul(x, y, (kept / self.keep).to(y.dtype))
 
     def project(self, x: Tensor) -> Tensor:
         """[B,C,H,W] -> [B,C',H,W]: each channel times its gate, then the 1 x 1 convolution.

@@ -67,3 +67,18 @@ def test_no_copy_joins_the_groups():
         norm(x).square().sum().backward()
     assert not {"cat", "clone", "copy_"} & set(seen.names), seen.names
     assert seen.names.count("native_batch_norm") == 3
+
+
+def test_the_compiler_gets_one_norm_for_all_groups():
+    """With one a group, an EfficientNet-B7 takes it more than ten minutes."""
+    captured = []
+
+    def keep(graph, inputs):
+        captured.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    norm, x = example(torch.channels_last)
+    torch._dynamo.reset()
+    torch.compile(norm, backend=keep, fullgraph=True)(x)
+    assert captured.count(torch.var_mean) == 1
+    assert not {torch.cat, torch.batch_norm, torch.nn.functional.batch_norm} & set(captured)

@@ -57,7 +57,7 @@ def read_checkpoint(
         rows = dict(_table(Path(prefix + ".index").read_bytes()))
         if dict(fields(memoryview(rows.pop(b"", b"")))).get(ENDIANNESS):
             raise UserError(
-                f"{prefix}.index: written on a big-endian machine; save it anew on another"
+                f"{prefix}.index: written on a big-endian machine; save it again on another"
             )
         entries = {key.decode(): _entry(value) for key, value in rows.items()}
         shards = _shards(prefix)

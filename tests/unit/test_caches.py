@@ -138,7 +138,7 @@ def test_a_network_is_told_by_all_that_it_computes_from_its_weights():
     makers += [lambda: vit(2), lambda: vit(4), theirs]
     makers += [lambda: theirs(hidden_act="gelu"), lambda: theirs(eos_token_id=2)]
 
-    def told(make) -> str:
+    def print_of(make) -> str:
         network = make()
         for parameter in network.parameters():
             torch.nn.init.ones_(parameter)
@@ -146,6 +146,6 @@ def test_a_network_is_told_by_all_that_it_computes_from_its_weights():
         wrapper.config = "as it is called"
         return fingerprint(wrapper)
 
-    found = [told(make) for make in makers]
-    assert found == [told(make) for make in makers], "the same again"
+    found = [print_of(make) for make in makers]
+    assert found == [print_of(make) for make in makers], "the same again"
     assert len(set(found)) == len(makers)

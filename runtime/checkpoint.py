@@ -48,6 +48,7 @@ TABLES = ("model", "state_dict", "teacher", "model_state_dict", "module", *AVERA
 LIGHTNING = "pytorch-lightning_version"  # an entry of every file of its
 PART = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin)$")
 USUAL = ("model", "open_clip_model", "pytorch_model", "open_clip_pytorch_model")  # of libraries
+FOREIGN = (".pt", ".pth", ".ckpt", ".tar", ".bin")  # endings of other trainers' files
 PLAIN = (int, float, str, bool, type(None))
 
 
@@ -437,9 +438,11 @@ def weights_file(path: Path) -> Path:
         if found is None:
             inside = [p for end in ("checkpoint_*", "*.safetensors") for p in path.glob(f"*/{end}")]
             runs = ", ".join(sorted({str(file.parent) for file in inside})[:3])
+            others = [file.name for file in matching_files(path, "*") if file.suffix in FOREIGN]
             raise UserError(
                 f"{path}: a folder without checkpoint_*.pt, *.safetensors or pytorch_model.bin"
                 + (f"; name one of the runs in it: {runs}" if runs else "")
+                + (f"; name one of its files: {', '.join(others[:4])}" if others else "")
             )
         path = found
     elif not path.is_file() and not is_sharded(path):

@@ -1,6 +1,7 @@
 """Weights in several files: every reader takes all shards of an index, or says what is missing."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,16 @@ def test_safetensors_under_another_name(name, reader, tmp_path):
 def test_a_folder_with_one_file_of_transformers(tmp_path):
     torch.save(STATE, tmp_path / "pytorch_model.bin")
     assert set(read_weights(tmp_path)) == set(STATE)
+
+
+@pytest.mark.parametrize(
+    "name", ["epoch_latest.pt", "checkpoint_29.pth", "last.ckpt", "best.pth.tar"]
+)
+def test_files_of_other_trainers_in_a_folder_are_named(tmp_path, name):
+    torch.save({"state_dict": STATE}, tmp_path / name)
+    with pytest.raises(UserError, match=f"name one of its files: {re.escape(name)}$"):
+        read_weights(tmp_path)
+    assert read_weights(tmp_path / name).keys() == STATE.keys()
 
 
 def test_a_folder_with_several_files_of_weights(tmp_path):

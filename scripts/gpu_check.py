@@ -105,8 +105,8 @@ def main() -> int:
     device = torch.device("cpu") if options.cpu else torch.device("cuda", 0)
     options.peers = parse_peers(options.peer, options.peer_python)
     chosen("--part", None if options.part == "all" else options.part, PARTS)
-    known = {**STEPS, **whole_runs.TRAINING, **whole_runs.GRAPHS, **whole_runs.EVALUATIONS}
-    options.only = chosen("--only", options.only, known)
+    usual = {**STEPS, **whole_runs.TRAINING, **whole_runs.EVALUATIONS}
+    options.only = chosen("--only", options.only or ",".join(usual), {**usual, **whole_runs.GRAPHS})
     options.compiled = chosen("--compiled", options.compiled, checks.COMPILED)
     modes = measures.modes_for(device)
     options.modes = chosen("--modes", options.modes or ",".join(modes[:2]), modes)

@@ -7,6 +7,7 @@
 #   bash scripts/gpu_check.sh --part checks    # numbers alone; or scripts: whole runs; or measures: times and memory
 #   bash scripts/gpu_check.sh --cpu            # the same without a GPU, as far as it applies
 #   bash scripts/gpu_check.sh --only clip,ve --recipes SIMLA       # some methods, some recipes
+#   bash scripts/gpu_check.sh --part scripts --only vit_graphs     # whole runs with CUDA graphs, only if named
 #   bash scripts/gpu_check.sh --part measures --modes blocks,reduce-overhead   # other ways of compiling
 #   bash scripts/gpu_check.sh --peer simla=PATH --peer nxtp=PATH   # also the originals' steps, from their checkouts
 #

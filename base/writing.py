@@ -89,7 +89,8 @@ def check_output_folder(folder: str | Path) -> None:
     _refuse_address(folder, remedy, "folders and buckets (s3://, gs://)")
     folder = Path(folder)
     _check_writable(folder, remedy)
-    for name in ("config.yaml", "log.jsonl", ".lock", "result/metrics.json", "result/report.html"):
+    of_results = ("result/metrics.json", "result/metrics.jsonl", "result/report.html")
+    for name in ("config.yaml", "log.jsonl", ".lock", *of_results):
         if os.path.lexists(folder / name) and not (folder / name).is_file():
             raise UserError(f"{folder / name}: not a regular file; remove it, or {remedy}")
     for name in ("result", "tensorboard"):

@@ -233,7 +233,7 @@ def unusable(root: Path) -> dict[str, tuple[Path, str]]:
     (root / "file").write_text("in the way")
     os.mkfifo(root / "fifo")
     (root / "link").symlink_to(root / "nowhere")
-    for name in ("config.yaml", "log.jsonl", "result/metrics.json"):
+    for name in ("config.yaml", "log.jsonl", "result/metrics.json", "result/metrics.jsonl"):
         (root / f"with {name}" / name).mkdir(parents=True)
     (root / "with a file").mkdir()
     (root / "with a file/result").write_text("in the way")
@@ -251,6 +251,10 @@ def unusable(root: Path) -> dict[str, tuple[Path, str]]:
         "a folder as metrics.json": (
             root / "with result/metrics.json",
             "metrics.json: not a regular file",
+        ),
+        "a folder as metrics.jsonl": (
+            root / "with result/metrics.jsonl",
+            "metrics.jsonl: not a regular file",
         ),
         "a FIFO as log.jsonl": (root / "with fifo", "log.jsonl: not a regular file"),
         "a file as result": (root / "with a file", "result: not a folder"),

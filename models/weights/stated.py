@@ -13,6 +13,7 @@ from base.pixels import RESAMPLING, processor_statistics
 OPEN_FOLDER = "open the folder with --model hf/FOLDER"  # remedies
 OPEN_CLIP_FOLDER = "open the folder with --model open_clip/local-dir:FOLDER"
 BILINEAR = 2  # Pillow's number
+FILTERS = (3, BILINEAR, None)  # that images are resized by here; the first is CLIP's default
 OF_OPEN_CLIP = {  # text_cfg and vision_cfg: what OpenAI's towers compute; other keys are sizes
     "act_kwargs": ({}, None),
     "norm_kwargs": ({}, None),
@@ -63,8 +64,7 @@ def processor_pixels(
     whole = (square, large) if large else ({"shortest_edge": side}, side)
     crop = ({"height": side, "width": side}, side)
     computed = {"size": whole, "crop_size": crop, "do_center_crop": (True,), "do_resize": (True,)}
-    if large:
-        computed["resample"] = (BILINEAR,)
+    computed["resample"] = (BILINEAR,) if large else FILTERS
     check_stated("preprocessor_config.json", images, computed, remedy)
     found = {"interpolation": RESAMPLING.get(images.get("resample"))}
     if statistics := processor_statistics(images):

@@ -14,10 +14,11 @@ from base.errors import UserError, brief
 from base.pixels import HALF, IMAGENET, RESAMPLING, RGB, STATISTICS, Pixels, processor_statistics
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from models.weights.loading import Differences, State
-from models.weights.stated import OPEN_FOLDER
+from models.weights.stated import BILINEAR, FILTERS, OPEN_FOLDER, check_stated
 from models.weights.vit import load_vit, vit_kind
 
 OF_TRANSFORMERS = ("vit", "deit", "vit_mae", "vit_msn", "dinov2")  # its model_type
+BY_BILINEAR = ("vit", "vit_mae", "vit_msn")  # whose processor resizes so; that of others: bicubic
 # transformers' name -> ours
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
@@ -78,8 +79,9 @@ def facts_of(weights: State, about: Mapping[str, Any], stated: VitFacts) -> VitF
 
 
 def _check_view(images: Mapping[str, Any]) -> None:
-    """UserError for a centre cut out of images that are not resized by their shorter side, as
-    DeiT's squeezes them before: no view here does."""
+    """UserError for a filter that no view here has, and for a centre cut out of images that are not
+    resized by their shorter side, as DeiT's squeezes them before."""
+    check_stated("preprocessor_config.json", images, {"resample": FILTERS}, OPEN_FOLDER)
     size = images.get("size")
     shorter = isinstance(size, Mapping) and "shortest_edge" in size
     if size and images.get("do_center_crop") and not shorter:
@@ -93,7 +95,8 @@ def known_facts(weights: State, about: Mapping[str, Any]) -> VitFacts:
     """What the weights' layout and the files beside them tell."""
     found = _of_layout(weights)
     found = found.updated(_of_config(about.get("config.json", {})))
-    return found.updated(_of_preprocessor(about.get("preprocessor_config.json", {})))
+    kind = str(about.get("config.json", {}).get("model_type"))
+    return found.updated(_of_preprocessor(about.get("preprocessor_config.json", {}), kind))
 
 
 def differing_options(
@@ -201,8 +204,12 @@ def _of_config(described: Mapping[str, Any]) -> VitFacts:
     return VitFacts(activation=ACTIVATIONS[activation], eps=eps)
 
 
-def _of_preprocessor(images: Mapping[str, Any]) -> VitFacts:
-    """Facts of transformers' preprocessor_config.json."""
+def _of_preprocessor(images: Mapping[str, Any], kind: str) -> VitFacts:
+    """Facts of transformers' preprocessor_config.json; what it leaves out is at the library's
+    default. kind: the network's model_type, which tells the processor where the file does not."""
+    processor = images.get("image_processor_type") or images.get("feature_extractor_type")
+    of_vit = str(processor).startswith("ViT") if processor else kind in BY_BILINEAR
+    resample = images.get("resample") or (BILINEAR if of_vit and images else None)
     size = images.get("size")
     resize = None
     if isinstance(size, Mapping) and "shortest_edge" in size:
@@ -211,6 +218,6 @@ def _of_preprocessor(images: Mapping[str, Any]) -> VitFacts:
     return VitFacts(
         mean=mean,
         std=std,
-        interpolation=RESAMPLING.get(images.get("resample")),
+        interpolation=RESAMPLING.get(resample),
         resize=resize,
     )

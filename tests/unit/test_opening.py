@@ -306,6 +306,7 @@ def test_aligns_folder_tells_size_and_pixels():
         ("hf", "config vision_config intermediate_size", 80, "intermediate_size is 80.*hf/FOLDER"),
         ("hf", "config text_config num_attention_heads", 2, "heads is 2.*computes 1"),
         ("hf", "preprocessor_config size", {"height": 16, "width": 16}, "size is .*hf/FOLDER"),
+        ("hf", "preprocessor_config resample", 1, "resample is 1.*computes 3.*hf/FOLDER"),
         ("hf", "preprocessor_config do_center_crop", False, "do_center_crop is False"),
         ("open_clip", "open_clip_config model_cfg vision_cfg no_ln_pre", True, "local-dir:FOLDER"),
         ("open_clip", "open_clip_config model_cfg text_cfg norm_kwargs", {"eps": 1e-6}, "1e-06"),

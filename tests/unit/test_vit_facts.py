@@ -107,6 +107,33 @@ def test_a_centre_out_of_a_squeezed_image_is_no_view_of_ours(size):
     assert open_encoder(weights, about, stated=VitFacts(resize=256)).resize == 256
 
 
+@pytest.mark.parametrize(
+    ("kind", "stated"),
+    [
+        ("vit", {}),  # as files of the hub's first years
+        ("vit_mae", {"feature_extractor_type": "ViTFeatureExtractor"}),
+        ("vit", {"image_processor_type": "BitImageProcessor"}),
+        ("vit", {"image_processor_type": "ViTImageProcessor", "resample": 3}),
+        ("vit", {"image_processor_type": "DeiTImageProcessor", "resample": 2}),
+    ],
+)
+def test_the_filter_is_that_of_the_librarys_processor(tmp_path, kind, stated):
+    import transformers
+
+    config = {"model_type": kind, "num_attention_heads": 3}
+    images = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 32} | stated
+    about = {"config.json": config, "preprocessor_config.json": images}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    weights = network().state_dict()
+    filters = {2: "bilinear", 3: "bicubic"}
+    assert open_encoder(weights, about).pixels.interpolation == filters[int(theirs.resample)]
+    images["resample"] = 1
+    with pytest.raises(UserError, match=r"resample is 1.*--model hf/FOLDER"):
+        open_encoder(weights, about)
+
+
 def test_timms_config_json_tells(tmp_path):
     config = {
         "architecture": "vit_tiny_patch16_224",

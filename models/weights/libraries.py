@@ -8,6 +8,7 @@ Model, tokenizer and image transform are the library's; data, prompts and evalua
 Weights come from the library's own cache (HF_HUB_OFFLINE is respected), from a file, or are random.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -201,10 +202,24 @@ def timm_encoder(
         tuple(stated.mean or given["mean"]),
         tuple(stated.std or given["std"]),
     )
-    resize = stated.resize or round(pixels.size / given["crop_pct"])
+    resize = stated.resize or _shorter_side(f"timm/{name}", given)
     return ImageEncoder(
         model, lambda image: {TOWER: model(image)}, "timm", pixels, f"timm/{name}", resize
     )
+
+
+def _shorter_side(name: str, given: Mapping[str, Any]) -> int | None:
+    """To what timm resizes the shorter side before the centre crop; None where it squeezes the whole
+    image to the input size. UserError for another way or filter."""
+    mode, cut = given["crop_mode"], given["crop_pct"]
+    if mode == "squash" and cut == 1:
+        return None
+    if mode != "center" or given["interpolation"] not in ("bilinear", "bicubic"):
+        raise UserError(
+            f"{name}: its images are resized by {given['interpolation']}, crop_mode {mode}, which no "
+            "view here does; state the shorter side, such as --resize 256"
+        )
+    return math.floor(given["input_size"][-1] / cut)
 
 
 def _load_timm(model: nn.Module, weights: State) -> None:

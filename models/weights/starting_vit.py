@@ -22,7 +22,7 @@ from models.weights.libraries import library_encoder, timm_encoder
 from models.weights.loading import from_saved, load_checkpoint
 from models.weights.stated import check_stated
 from models.weights.vit import native
-from models.weights.vit_facts import OF_TRANSFORMERS
+from models.weights.vit_facts import OF_TRANSFORMERS, VitFacts
 
 State = dict[str, Tensor]
 
@@ -110,7 +110,8 @@ def library_vit(source: str, read_weights: Callable[[Path], State]) -> ImageEnco
         return library_encoder(f"hf/{name}")
     name, _, file = name.partition(":")
     weights = read_weights(Path(file)) if file else None
-    return timm_encoder(name, weights, pretrained=not file)
+    any_view = VitFacts(resize=1)  # the images are those of the training
+    return timm_encoder(name, weights, pretrained=not file, stated=any_view)
 
 
 def timm_facts(network: nn.Module) -> tuple[int | None, bool]:

@@ -8,6 +8,7 @@
 Where these libraries shrink an image they antialias, which COYO-ViT's views do not.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def timm_config(encoder: ImageEncoder, small: int | None) -> dict[str, Any]:
     look = {
         "input_size": [3, vit.image_size, vit.image_size],
         "interpolation": pixels.interpolation,
-        "crop_pct": vit.image_size / small if small else 1.0,
+        # a little less, so that timm's floor of the side over it is `small`
+        "crop_pct": math.nextafter(vit.image_size / small, 0) if small else 1.0,
         "crop_mode": "center" if small else "squash",
         "mean": list(pixels.mean),
         "std": list(pixels.std),

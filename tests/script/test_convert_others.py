@@ -1,11 +1,13 @@
 """scripts/weights/convert.py: vision transformers, SIMLA's retrieval pair, NXTP and the image
 tokenizer through other libraries."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from base.pixels import HALF, Pixels
 from base.reading import read_json
 from dataset.images.clip import normalize, pixel_statistics
 from dataset.text.wordpiece import Tokenizer
@@ -13,6 +15,7 @@ from models.classification.classifier import ClassifierConfig, VisionClassifier
 from models.fusion.retrieval import Retrieval, RetrievalConfig
 from runtime.checkpoint import export_safetensors
 from scripts.weights import convert, export_fusion
+from scripts.weights.export_vit import timm_config
 from scripts.weights.graphs import Graph
 from scripts.weights.source import Options
 from tests.helpers import tiny_nxtp
@@ -77,6 +80,15 @@ def test_vision_transformers(to, tmp_path, monkeypatch):
         expected = model.logits(normalize(as_tensor(image)[None], half))
     found = {"timm": by_timm, "hf": by_transformers, "onnx": by_onnx}[to](tmp_path / "out", image)
     torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_timm_resizes_to_the_side_that_was_meant():
+    """48 / (48 / 59) is less than 59, and timm cuts the fraction."""
+    options = ClassifierConfig(model="vit-mu/8", image_size=48)
+    pixels = Pixels(48, "bicubic", *HALF)
+    encoder = SimpleNamespace(network=SimpleNamespace(options=options), pixels=pixels)
+    written = timm_config(encoder, 59)["pretrained_cfg"]["crop_pct"]
+    assert math.floor(48 / written) == 59 > math.floor(48 / (48 / 59))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,13 @@ from base.errors import UserError
 from base.libraries import dual_inputs, hugging_face_tokenizer, of_library, open_clip_network
 from models.layers.library_towers import with_timm_names
 from models.weights.any_dual_encoder import open_dual
-from models.weights.libraries import library_encoder, open_library, opened_open_clip
+from models.weights.libraries import (
+    library_encoder,
+    open_library,
+    opened_open_clip,
+    timm_encoder,
+)
+from models.weights.vit_facts import VitFacts
 from tests.helpers.tiny_hugging_face import (
     TEXT,
     VISION,
@@ -263,6 +269,34 @@ def test_a_name_of_timm_means_its_weights(monkeypatch):
         library_encoder("timm/test_vit.r160_in1k")
     encoder = library_encoder("timm/test_vit.r160_in1k", random_weights=True)
     assert encoder.title == "timm/test_vit.r160_in1k"
+
+
+@pytest.mark.parametrize(
+    ("changes", "resize"),
+    [
+        ({"crop_pct": 0.9}, 248),  # not 249: timm cuts the fraction
+        ({"crop_pct": 0.875}, 256),
+        ({"crop_pct": 1.0, "crop_mode": "squash"}, None),
+        ({"crop_pct": 0.9, "crop_mode": "squash"}, "crop_mode squash"),
+        ({"crop_mode": "border"}, "crop_mode border"),
+        ({"interpolation": "lanczos"}, "lanczos"),
+    ],
+)
+def test_images_are_resized_as_timm_does_or_not_at_all(changes, resize):
+    import timm
+
+    cfg = {"input_size": [3, 224, 224]} | changes
+    described = {"pretrained_cfg": cfg, "model_args": {}}
+    if isinstance(resize, str):
+        with pytest.raises(UserError, match=f"{resize}.*state the shorter side"):
+            timm_encoder("test_resnet", described=described)
+        encoder = timm_encoder("test_resnet", described=described, stated=VitFacts(resize=250))
+        assert encoder.resize == 250
+        return
+    assert timm_encoder("test_resnet", described=described).resize == resize
+    model = timm.create_model("test_resnet", pretrained_cfg_overlay=cfg)
+    view = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    assert view.transforms[0].size in (resize, (224, 224))
 
 
 def test_names_of_timm():

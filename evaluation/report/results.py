@@ -50,11 +50,18 @@ def _keep(folder: Path, row: dict) -> None:
     """Add a line to metrics.jsonl, after the figures that an earlier version left in metrics.json:
     the next evaluation, of another checkpoint or other data, replaces that file."""
     history = folder / "metrics.jsonl"
-    rows = [row]
+    rows, known = [row], ""
     with suppress(OSError, UserError):  # there are none
-        if not history.exists():
+        if history.exists():
+            known = history.read_text(encoding="utf-8", errors="replace")
+        else:
             rows.insert(0, read_json(folder / "metrics.json", dict))
+    lines = [clean_surrogates(strict_json(each)) for each in rows]
     with file_errors(history, ROOM):
         folder.mkdir(parents=True, exist_ok=True)
         with history.open("a", encoding="utf-8") as file:
-            file.write("".join(clean_surrogates(strict_json(each)) + "\n" for each in rows))
+            if known and not known.endswith("\n"):
+                file.write("\n")  # after a line that a full disk cut off
+            # an evaluation that was killed after this and begun again has its line
+            have = known.splitlines()
+            file.write("".join(f"{line}\n" for line in lines if line not in have))

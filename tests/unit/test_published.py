@@ -122,6 +122,13 @@ def test_figures_of_every_evaluation_in_a_folder_are_kept(tmp_path):
     assert [row["config"]["val_data"] for row in rows[1:]] == ["x", "x", "y"]
     newest = read_json(tmp_path / "result/metrics.json")
     assert newest == {"checkpoint": "b.pt", "acc1": 2.0, "loss": "nan"}
+    history = tmp_path / "result/metrics.jsonl"
+    kept = history.read_text()
+    write_results(config, "title", newest, [])  # begun again after a kill
+    assert history.read_text() == kept
+    history.write_text(kept[:-9])  # cut off
+    write_results(config, "title", newest, [])
+    assert history.read_text() == kept[:-9] + "\n" + kept.splitlines(keepends=True)[-1]
 
 
 @pytest.mark.parametrize(

@@ -94,14 +94,18 @@ def referred_boxes(
     instances), where an image's id is its path.
 
     records: {image, text, bbox: [x, y, w, h]} and, where there are several, `split` ("test").
-    Raises UserError for an image that cannot be read.
+    Raises UserError for an image that cannot be read, and for what is no box.
     """
     refs, annotations, named = [], [], []
+    boxes: dict[tuple, int] = {}  # (image, box) -> its annotation: several expressions may mean one
     for number, record in enumerate(records):
         image, split = record["image"], record.get("split", "test")
+        (box,) = read_boxes([record["bbox"]], f"test_file, entry {number} (the first is 0)")
+        known = boxes.setdefault((image, *box), len(boxes))
+        if known == len(annotations):
+            annotations.append({"id": known, "image_id": image, "bbox": box})
         named.append({**record, "ref_id": number})
-        refs.append({"ref_id": number, "ann_id": number, "image_id": image, "split": split})
-        annotations.append({"id": number, "image_id": image, "bbox": record["bbox"]})
+        refs.append({"ref_id": number, "ann_id": known, "image_id": image, "split": split})
     images = []
     for image in dict.fromkeys(record["image"] for record in records):
         try:

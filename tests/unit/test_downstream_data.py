@@ -417,6 +417,15 @@ def test_expressions_may_carry_their_boxes_and_detections_be_a_list_of_results(f
     assert (data.targets[0].height, data.targets[0].width) == (height, width)
     assert data.boxes == [[[0.0, 1.0, 5.0, 6.0], [7.0, 1.0, 5.0, 6.0]]] * 2
 
+    # two expressions of one box are no two boxes to choose from: chance is 1 in 2, not 2 in 3
+    records, refs, instances = referred_boxes([*entries, {**entries[0], "text": "l"}], folder)
+    again = ReferringExpressions(records, refs, instances, read_detections(None, instances), *parts)
+    assert again.boxes == [data.boxes[0]] * 3
+    assert [target.box for target in again.targets] == [data.boxes[0][i] for i in (0, 1, 0)]
+    with pytest.raises(UserError, match=r"test_file, entry 0 .the first is 0.: .* is no box"):
+        referred_boxes([{**entries[0], "bbox": [1, 2]}], folder)
+    records, refs, instances = referred_boxes(entries, folder)
+
     results = tmp_path / "detections.json"
     results.write_text(json.dumps([{"image_id": "a.jpg", "bbox": [1, 1, 2, 2], "score": 0.5}]))
     data = ReferringExpressions(

@@ -111,14 +111,19 @@ def single_label_metrics(
     and `loss`.
 
     real: the classes that are right for each image; images without any are left out (Beyer et al.
-    2020).
+    2020), as are from the other figures those that a threshold left no label. UserError where none
+    has one.
     """
+    has_label = torch.tensor([bool(row) for row in scores.labels])
+    if not has_label.any():
+        raise UserError("no image to validate with has a label: lower --label-threshold")
     labels = torch.tensor([row[0] if row else 0 for row in scores.labels])
     own = torch.as_tensor(list(scores.own), dtype=torch.int64)
     losses = F.cross_entropy(scores.logits, labels[own], reduction="none")
-    losses = scores.gather(losses).cpu()
+    losses = scores.gather(losses).cpu()[has_label]
     best = scores.gather(top_classes(scores.logits)).cpu()
-    hits = best == labels[:, None]
+    labels = labels[has_label]
+    hits = best[has_label] == labels[:, None]
     result = {
         "top1": percent(hits[:, 0]),
         f"top{TOP}": percent(hits.any(1)),

@@ -58,6 +58,18 @@ def test_multi_label_metrics(block, monkeypatch):
     assert found["bce"] == pytest.approx(bce.item())
 
 
+def test_images_that_a_threshold_left_no_label_are_no_images_of_class_0():
+    """As of the 0 that stands in their place: a guess of class 0 is not right there."""
+    logits = torch.eye(3)[[0, 0, 1, 2]]
+    lists = [[], [0], [1], [0]]
+    found = single_label_metrics(Scores(logits, range(4), lists))
+    alone = single_label_metrics(Scores(logits[1:], range(3), lists[1:]))
+    assert found == alone
+    assert found["top1"] == pytest.approx(200 / 3) and found["images"] == 3
+    with pytest.raises(UserError, match="lower --label-threshold"):
+        single_label_metrics(Scores(logits, range(4), [[]] * 4))
+
+
 def test_single_label_metrics():
     logits, _ = random_scores()
     labels = torch.randint(7, (40,), generator=torch.Generator().manual_seed(1))

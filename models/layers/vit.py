@@ -315,15 +315,19 @@ def check_geometry(config: ViTConfig) -> None:
         )
 
 
-def patches_of(weights: Mapping[str, Tensor]) -> tuple[int, tuple[int, ...]]:
+def patches_of(
+    weights: Mapping[str, Tensor], on_tower: int | None = None
+) -> tuple[int, tuple[int, ...]]:
     """Patch size in pixels and stem of a ViT, off its weights (a state dict of this module's
-    names)."""
+    names). on_tower: the patch size where it stands on a timm tower, which weights do not tell."""
     prefix = "patch_embed.backbone."
     stem = ()
     if any(key.startswith(f"{prefix}trunk.") for key in weights):
+        if on_tower:
+            return on_tower, stem
         raise UserError(
             "this vision transformer stands on a tower of timm (vision_tower), which weights alone "
-            "do not name: evaluate the run with its own scripts, such as Retrieval.py"
+            "do not name: keep the run's config.yaml beside them"
         )
     if f"{prefix}conv1.weight" in weights:
         stages = [

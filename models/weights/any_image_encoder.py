@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from base.errors import UserError
-from base.pixels import IMAGENET, OPENAI, Pixels
+from base.pixels import IMAGENET, OPENAI, Pixels, timm_statistics
 from models.classification.classifier import SIZES, ClassifierConfig, VisionClassifier
 from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
@@ -134,9 +134,9 @@ def _self_supervised(weights: State, heads: int, facts: VitFacts) -> ImageEncode
     return encoder
 
 
-def vit_sizes(weights: State) -> dict[str, Any]:
-    """Sizes of native weights as fields of `ViTConfig`."""
-    patch, stem = patches_of(weights)
+def vit_sizes(weights: State, on_tower: int | None = None) -> dict[str, Any]:
+    """Sizes of native weights as fields of `ViTConfig`. on_tower: see `patches_of`."""
+    patch, stem = patches_of(weights, on_tower)
     grid = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
     return {
         "image_size": grid * patch,
@@ -172,10 +172,11 @@ def _fusion(weights: State, config: Mapping[str, Any]) -> ImageEncoder:
     """The vision transformer of SIMLA and ALBEF; what the run's configuration leaves open is read
     off the weights."""
     state = part_of(weights, "visual_encoder.")
-    sizes = vit_sizes(state)
+    tower = config.get("vision_tower")
+    sizes = vit_sizes(state, config.get("patch_size") if tower else None)
     width = sizes["width"]
     heads = config.get("vision_heads") or max(1, width // 64)
-    vit = ViT(ViTConfig(**sizes, heads=heads, mask_token="mask_token" in state))
+    vit = ViT(ViTConfig(**sizes, heads=heads, mask_token="mask_token" in state, tower=tower))
     load_checkpoint(vit, state)
     network = nn.ModuleDict({"vit": vit})
     projection = weights.get("vision_proj.weight")
@@ -192,5 +193,5 @@ def _fusion(weights: State, config: Mapping[str, Any]) -> ImageEncoder:
         )
 
     title = f"vision transformer of width {width}, {sizes['depth']} blocks"
-    pixels = Pixels(sizes["image_size"], "bicubic", *OPENAI)
+    pixels = Pixels(sizes["image_size"], "bicubic", *(timm_statistics(tower) if tower else OPENAI))
     return ImageEncoder(network, outputs, "fusion", pixels, title)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from base.errors import UserError
-from base.pixels import HALF, IMAGENET
+from base.pixels import HALF, IMAGENET, timm_statistics
+from models.layers.vit import ViT, ViTConfig
 from models.weights.any_image_encoder import open_encoder
 from models.weights.vit import to_transformers
 from models.weights.vit_facts import VitFacts
@@ -250,3 +251,20 @@ def test_the_vision_transformer_of_a_run_of_simla_has_its_heads(tmp_path, capsys
         encoder = open_encoder(read_weights(file), description_of(file)).eval()
         torch.testing.assert_close(encoder(image), expected)
         assert "vision_heads: 4" in (tmp_path / "out/README.md").read_text()
+
+
+def test_the_vision_transformer_of_a_run_on_a_timm_tower_is_opened(tmp_path):
+    """The run's configuration names the tower and the patches, which weights do not tell."""
+    width, patch = 48, 32
+    config = ViTConfig(64, patch, width, 1, heads=2, tower="timm/test_efficientnet")
+    vit = ViT(config).eval()
+    state = {f"visual_encoder.{name}": value for name, value in vit.state_dict().items()}
+    about = {"vision_tower": config.tower, "patch_size": patch, "vision_heads": 2}
+    torch.save({"model": state, "config": about}, tmp_path / "run.pt")
+    file = tmp_path / "run.pt"
+    encoder = open_encoder(read_weights(file), description_of(file)).eval()
+    image = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(encoder(image), vit(image)[:, 0])
+    assert encoder.pixels == (64, "bicubic", *timm_statistics(config.tower))
+    with pytest.raises(UserError, match=r"keep the run's config\.yaml"):
+        open_encoder(state, {})

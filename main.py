@@ -120,7 +120,7 @@ def build_model(config: Config) -> DualEncoder:
         load_text_transformer(model, read_weights(config.init_text_encoder))
     if config.checkpoint:
         check_architecture(config, saved_config(config.checkpoint))
-        start_dual(model, config.checkpoint, read_weights, description_of)
+        start_dual(model, config.checkpoint, read_weights, description_of, config.evaluate)
     if config.momentum:
         model.momentum_model = copy.deepcopy(model).requires_grad_(False)
     return model

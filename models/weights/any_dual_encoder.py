@@ -32,7 +32,7 @@ from models.dual_encoder.base import NOT_LOADED
 from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual, model_names, parts_of
 from models.dual_encoder.openai import OpenAICLIP
-from models.layers.openai_towers import openai_model
+from models.layers.openai_towers import OpenAIConfig, openai_model
 from models.weights.align import align_config, check_described
 from models.weights.clip import (
     TIMM_NAMES,
@@ -276,23 +276,11 @@ def _openai(
     pixels = dict(described.get("preprocess_cfg", {}))
     settings = described.get("model_cfg", {})
     check_open_clip(settings, pixels)
-    width = len(weights.get("ln_final.weight", weights.get("text.ln_final.weight", ())))
-    if text_heads(settings) not in (None, width // 64):
-        raise UserError(
-            f"open_clip_config.json: a text transformer of width {width} with "
-            f"{text_heads(settings)} heads is not supported; {OPEN_CLIP_FOLDER}"
-        )
+    model = load_openai(dict(weights), activation)
+    check_open_clip_heads(settings, model.config)
     if not (described or stated or is_openais(weights, about)):
         pixels = named_pixels(name)
-    head_width = settings.get("vision_cfg", {}).get("head_width")
-    model = load_openai(dict(weights), activation)
-    return _opened(
-        model,
-        f"CLIP of OpenAI's layout, {activation}",
-        pixels | stated,
-        name,
-        head_width,
-    )
+    return _opened(model, f"CLIP of OpenAI's layout, {activation}", pixels | stated, name)
 
 
 def named_pixels(name: str | None) -> dict[str, Any]:
@@ -336,39 +324,49 @@ def _hugging_face(
 ) -> Opened:
     described = about.get("config.json", {})
     images = about.get("preprocessor_config.json", {})
-    vision = described.get("vision_config", {})
-    text = described.get("text_config", {})
     if name is None and not described:
         raise UserError(
             "a Hugging Face CLIP without its config.json: keep it beside the weights, or add --model ViT-B/32"
         )
-    if described:  # what their files leave out is at its default
-        activation = text.get("hidden_act", "quick_gelu")
-        head_width = vision.get("hidden_size", 768) / vision.get("num_attention_heads", 12)
-        if vision.get("hidden_act", "quick_gelu") != activation or activation not in (
-            "quick_gelu",
-            "gelu",
-        ):
-            raise UserError(
-                f"config.json: hidden_act {activation!r} and {vision.get('hidden_act')!r} are not supported"
-            )
-    else:
-        activation = _activation({}, {}, name)
-        head_width = None
+    activation = clip_activation(described) or _activation({}, {}, name)
     state = from_hugging_face(weights)
-    check_clip_described(described, openai_config(state).text.vocab_size)
+    check_clip_described(described, openai_config(state))
     model = load_openai(state, activation)
     pixels = processor_pixels(images, model.config.image_size)
     if not images and not stated:
         pixels = named_pixels(name)
     pixels = pixels | stated
-    return _opened(model, f"CLIP of Hugging Face's layout, {activation}", pixels, name, head_width)
+    return _opened(model, f"CLIP of Hugging Face's layout, {activation}", pixels, name)
+
+
+def clip_activation(described: Mapping[str, Any]) -> str | None:
+    """quick_gelu or another, by config.json of transformers' CLIP, which leaves out what is at its
+    default; None where it is no CLIP's."""
+    text = described.get("text_config")
+    return None if text is None else text.get("hidden_act", "quick_gelu")
 
 
 def text_heads(settings: Mapping[str, Any]) -> int | None:
     """Attention heads of open_clip's text transformer; None where no configuration tells them."""
     text = settings.get("text_cfg")
     return text.get("heads", 8) if text else None
+
+
+def check_open_clip_heads(settings: Mapping[str, Any], shape: OpenAIConfig) -> None:
+    """UserError where open_clip_config.json states other attention heads than OpenAI's towers of
+    this shape have."""
+    width, given = shape.text.width, text_heads(settings)
+    if given not in (None, shape.text.heads):
+        raise UserError(
+            f"open_clip_config.json: a text transformer of width {width} with {given} heads is not "
+            f"supported; {OPEN_CLIP_FOLDER}"
+        )
+    width, given = shape.vision_width, settings.get("vision_cfg", {}).get("head_width")
+    if given and not shape.is_resnet and given * shape.vision_heads != width:
+        raise UserError(
+            f"open_clip_config.json: a vision transformer of width {width} with heads of {given} is "
+            f"not supported; {OPEN_CLIP_FOLDER}"
+        )
 
 
 def check_timm_pool(settings: Mapping[str, Any], backbone: str) -> None:
@@ -379,35 +377,36 @@ def check_timm_pool(settings: Mapping[str, Any], backbone: str) -> None:
     check_stated(where, vision, {"timm_pool": (pool, "")}, OPEN_CLIP_FOLDER)
 
 
-def check_clip_described(described: Mapping[str, Any], vocabulary: int) -> None:
-    """UserError where config.json of transformers' CLIP describes another network than OpenAI's,
-    such as MetaCLIP 2, whose weights are called the same and whose texts end with another id."""
+def check_clip_described(described: Mapping[str, Any], shape: OpenAIConfig) -> None:
+    """UserError where config.json of transformers' CLIP describes another network than OpenAI's of
+    this shape, such as MetaCLIP 2, whose weights are called the same and whose texts end with
+    another id."""
+    if not described:
+        return
     check_stated("config.json", described, {"model_type": ("clip",)}, OPEN_FOLDER)
+    vocabulary = shape.text.vocab_size
     text = described.get("text_config", {})
     computed = {
+        "hidden_act": ("quick_gelu", "gelu"),
         "layer_norm_eps": (1e-5,),
         "num_attention_heads": (text.get("hidden_size", 512) // 64,),
         "intermediate_size": (4 * text.get("hidden_size", 512),),
         "eos_token_id": (2, vocabulary - 1),  # 2: of old files, whose largest id ends the text
     }
     check_stated("config.json, text_config", text, computed, OPEN_FOLDER)
-    vision = described.get("vision_config", {})
+    defaults = {"hidden_act": "quick_gelu", "num_attention_heads": 12}
+    vision = defaults | described.get("vision_config", {})
     computed = {
+        "hidden_act": (text.get("hidden_act", "quick_gelu"),),
+        "num_attention_heads": (shape.vision_heads,),
         "layer_norm_eps": (1e-5,),
         "intermediate_size": (4 * vision.get("hidden_size", 768),),  # not of ViT-g and ViT-bigG
     }
     check_stated("config.json, vision_config", vision, computed, OPEN_FOLDER)
 
 
-def _opened(
-    model: OpenAICLIP, title: str, pixels: Mapping[str, Any], name: str | None, head_width
-) -> Opened:
+def _opened(model: OpenAICLIP, title: str, pixels: Mapping[str, Any], name: str | None) -> Opened:
     config = model.config
-    width = config.vision_width
-    if head_width and not config.is_resnet and head_width * config.vision_heads != width:
-        raise UserError(
-            f"a vision transformer of width {width} with heads of {head_width} is not supported"
-        )
     if name is not None:
         named = openai_model(name.removesuffix("-quickgelu"))
         if named.vision_layers != config.vision_layers:

@@ -11,7 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from base.distributed import say
 from base.errors import UserError
+from base.pixels import OPENAI, processor_statistics
 from base.torch_files import unwrap_names
 from models.dual_encoder.base import NOT_LOADED, DualEncoder
 from models.dual_encoder.library import LibraryCLIP
@@ -19,6 +23,11 @@ from models.dual_encoder.openai import OpenAICLIP
 from models.layers.library_towers import TimmTower
 from models.layers.openai_towers import OPENAI_MODELS, OpenAIConfig, openai_model
 from models.layers.positions import resize_positions
+from models.weights.any_dual_encoder import (
+    check_clip_described,
+    check_open_clip_heads,
+    clip_activation,
+)
 from models.weights.clip import (
     NOT_WEIGHTS,
     State,
@@ -30,6 +39,7 @@ from models.weights.clip import (
     text_at_root,
 )
 from models.weights.loading import load_checkpoint
+from models.weights.stated import check_open_clip
 from models.weights.torchscript import weights_and_about
 
 IMAGE_HEADS = ("visual.proj", "visual.attnpool.c_proj.weight")  # only OpenAI's layout has them
@@ -42,24 +52,28 @@ def start_dual(
     path: Path,
     read: Callable[[Path], State],
     describe: Callable[[Path], Mapping[str, Any]],
+    evaluates: bool = False,
 ) -> None:
     """Load all weights of a file or folder. read, describe: `runtime.checkpoint.read_weights` and
     `runtime.config.from_checkpoint.description_of`. UserError for another architecture or
-    activation, which it names."""
-    load_any_layout(model, *weights_and_about(path, read, describe))
+    activation, which it names; other pixels are one if it `evaluates`, else a note, as training
+    adapts to them."""
+    load_any_layout(model, *weights_and_about(path, read, describe), evaluates)
 
 
-def load_any_layout(model: DualEncoder, state: State, about: Mapping[str, Any]) -> None:
+def load_any_layout(
+    model: DualEncoder, state: State, about: Mapping[str, Any], evaluates: bool = False
+) -> None:
     """The same of a state dict and what lies beside it."""
     state = unwrap_names(state)
     if isinstance(model, LibraryCLIP):
         return load_library_names(model, state)
     check_layout(state)
-    activation = stated_activation(state, about)
-    if activation is None and "text_config" in about.get("config.json", {}):
-        activation = about["config.json"]["text_config"].get("hidden_act", "quick_gelu")
+    described = about.get("config.json", {})
+    activation = stated_activation(state, about) or clip_activation(described)
     if "vision_model.embeddings.patch_embedding.weight" in state:
         state = from_hugging_face(state)
+        check_clip_described(described, openai_config(state))
     plain = text_at_root(state)
     is_openai = any(name in plain for name in IMAGE_HEADS) and "text_projection" in plain
     if is_openai != isinstance(model, OpenAICLIP):
@@ -70,12 +84,31 @@ def load_any_layout(model: DualEncoder, state: State, about: Mapping[str, Any]) 
                 f"--model {model.options.model} computes {model.config.text.activation}, but the "
                 f"checkpoint was trained with {activation}; {mismatch(model, plain)}"
             )
+        settings = about.get("open_clip_config.json", {}).get("model_cfg", {})
+        check_open_clip(settings, {})
+        check_open_clip_heads(settings, openai_config(plain))
+        check_pixels(about, evaluates)
         return load_openai_names(model, plain)
     of_timm = any(name.startswith("visual.trunk.") for name in state)
     if of_timm and not isinstance(model.visual, TimmTower):
         return load_timm_open_clip(model, state)
     load_checkpoint(model, state, allowed_unexpected=NOT_LOADED)
     return None
+
+
+def check_pixels(about: Mapping[str, Any], evaluates: bool) -> None:
+    """Say where the files beside OpenAI's layout state another mean and std of the pixels than
+    OpenAI's, by which main.py normalises; UserError if it `evaluates`."""
+    given = processor_statistics(about.get("preprocessor_config.json", {}))
+    stated = about.get("open_clip_config.json", {}).get("preprocess_cfg", {})
+    if stated.get("mean") and stated.get("std"):
+        given = tuple(stated["mean"]), tuple(stated["std"])
+    if given is None or torch.allclose(torch.tensor(given), torch.tensor(OPENAI), atol=1e-3):
+        return
+    what = f"these weights know pixels of mean {given[0]} and std {given[1]}, not OpenAI's"
+    if evaluates:
+        raise UserError(f"{what}: evaluate them with eval_zeroshot.py")
+    say(f"note: {what}, by which images are normalised here")
 
 
 def check_layout(state: State) -> None:

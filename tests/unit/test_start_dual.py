@@ -64,6 +64,47 @@ def test_every_layout(name, layout, tmp_path):
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
 
 
+STATED = [
+    ("config text_config layer_norm_eps", 1e-6, "layer_norm_eps is 1e-06"),
+    ("config text_config eos_token_id", 7, "eos_token_id is 7"),
+    ("config text_config num_attention_heads", 2, "num_attention_heads is 2"),
+    ("config vision_config num_attention_heads", 4, "num_attention_heads is 4"),
+    ("config vision_config hidden_act", "quick_gelu", "hidden_act is 'quick_gelu'.*'gelu'"),
+    ("preprocessor_config image_mean", [0.5] * 3, "mean .0.5, 0.5, 0.5.*eval_zeroshot.py"),
+    ("open_clip_config model_cfg text_cfg no_causal_mask", True, "no_causal_mask is True"),
+    ("open_clip_config model_cfg text_cfg heads", 2, "width 64 with 2 heads"),
+    ("open_clip_config model_cfg vision_cfg head_width", 16, "width 64 with heads of 16"),
+    ("open_clip_config preprocess_cfg mean", [0.5] * 3, "mean .0.5, 0.5, 0.5.*eval_zeroshot.py"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), STATED)
+def test_what_lies_beside_the_weights_is_computed_or_refused(path, value, message, capsys):
+    """Weights of one shape, but features of another network than the one they are loaded into."""
+    theirs = published("ViT-S-8")
+    described = clip.hugging_face_config(theirs.config)
+    pixels = {"image_mean": [0.48145466, 0.4578275, 0.40821073]}
+    pixels["image_std"] = [0.26862954, 0.26130258, 0.27577711]
+    about = {"config.json": described, "preprocessor_config.json": pixels}
+    state = clip.to_hugging_face(theirs)
+    if path.startswith("open_clip"):
+        preprocess = {"mean": pixels["image_mean"], "std": pixels["image_std"]}
+        about = {"open_clip_config.json": {"model_cfg": {}, "preprocess_cfg": preprocess}}
+        state = theirs.state_dict()
+    load_any_layout(build("ViT-S-8"), state, about, evaluates=True)
+    assert not capsys.readouterr().err
+    file, *parts, name = path.split()
+    stated = about[f"{file}.json"]
+    for part in parts:
+        stated = stated.setdefault(part, {})
+    stated[name] = value
+    with pytest.raises(UserError, match=message):
+        load_any_layout(build("ViT-S-8"), state, about, evaluates=True)
+    if "mean" in name:  # training adapts to it
+        load_any_layout(build("ViT-S-8"), state, about)
+        assert "mean (0.5, 0.5, 0.5)" in "".join(capsys.readouterr())
+
+
 def test_positions_fit_other_images():
     theirs = published("ViT-S-8")
     ours = build("ViT-S-8", image_size=48)

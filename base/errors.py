@@ -14,6 +14,11 @@ class UserError(ValueError):
     """
 
 
+class UnfitWeights(UserError):
+    """Weights of another network than the one that they are loaded into; who knows their file names
+    it."""
+
+
 class MissingData(UserError):
     """A data set that is not on this machine; the message says where it was looked for and how to
     get it."""

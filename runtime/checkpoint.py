@@ -42,7 +42,7 @@ from runtime.sharded import find_folder_damage, is_sharded, load_index, weights_
 NUMBERED = re.compile(r"checkpoint_(\d+)(?:\.pt)?")
 UNFINISHED = (".writing", ".old")  # of hidden folders: not yet, or no longer, a checkpoint
 RESUMABLE = "earlier checkpoints are intact: make room, then start the same command again to resume"
-AVERAGES = ("model_ema", "state_dict_ema")
+AVERAGES = ("model_ema", "state_dict_ema", "ema", "ema_state_dict")
 # entries of files that hold the weights, the first that is there; DINO publishes its teacher
 TABLES = ("model", "state_dict", "teacher", "model_state_dict", "module", *AVERAGES)
 LIGHTNING = "pytorch-lightning_version"  # an entry of every file of its

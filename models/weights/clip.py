@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from base.errors import UserError
+from base.errors import UserError, naming
 from base.torch_files import unwrap_names
 from models.dual_encoder.cl2l import CL2L, SwALIPV1
 from models.dual_encoder.clip import CLIP, SigLIP
@@ -70,7 +70,8 @@ def load_text_transformer(model: nn.Module, state: State) -> None:
     blocks = part_of(unwrap_names(state), "transformer.")
     if not blocks:
         raise UserError("the checkpoint for the text encoder has no `transformer.*` weights")
-    load_checkpoint(model.transformer, blocks)
+    with naming("init_text_encoder", "its blocks"):
+        load_checkpoint(model.transformer, blocks)
 
 
 # ---- OpenAI and open_clip

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from base.errors import UserError
+from base.errors import UnfitWeights, UserError
 
 State = Mapping[str, Tensor]
 C = TypeVar("C")
@@ -101,7 +101,7 @@ def load_checkpoint(
         integers=found.integers,
     )
     if faults:
-        raise UserError(
+        raise UnfitWeights(
             f"the checkpoint does not fit the {type(model).__name__}:\n{faults.text()}\n"
             "use a checkpoint of this kind of model, and the sizes (width, layers, vocabulary, queue) "
             "it was made with"

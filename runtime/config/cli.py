@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from base import flight_recorder
-from base.errors import UserError
+from base.errors import UnfitWeights, UserError
 from base.knobs import knob, restated, section
 from base.processes import SENTENCE_FILE, end_with_parent
 from base.text import as_list
@@ -197,6 +197,17 @@ def _help_lines(names: Sequence[str], k: Option) -> str:
     return f"  {flags} {k.placeholder}\n{meaning}"
 
 
+def with_checkpoint_named(main: Callable[[C], Any], config: C) -> None:
+    """main(config); weights that do not fit, and of which no file is named, are --checkpoint's."""
+    try:
+        main(config)
+    except UnfitWeights as error:
+        file = getattr(config, "checkpoint", None)
+        if file is None or str(file) in str(error):
+            raise
+        raise UserError(f"{file}: {error}") from None
+
+
 def run_script(
     main: Callable[[C], Any], cls: type[C], description: str | None = None, argv=None
 ) -> None:
@@ -210,7 +221,7 @@ def run_script(
         config = parse(cls, argv, description)
         make_digitscenes_if_named(config)
         if not isinstance(getattr(config, "output_dir", None), Path):
-            main(config)
+            with_checkpoint_named(main, config)
         else:
             from base.memory import check_batches  # here, for --help must not wait for torch
 
@@ -219,7 +230,7 @@ def run_script(
                 check_output_folder(config.output_dir)
                 train_tokenizers_if_asked(config)
                 flight_recorder.record_in(config.output_dir)
-                main(config)
+                with_checkpoint_named(main, config)
         if "base.distributed" in sys.modules:  # a script without torch does not load it for this
             sys.modules["base.distributed"].shutdown()
     except KeyboardInterrupt:

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from base import distributed
 from base.errors import UserError
 from base.knobs import check_choices
+from models.weights.clip import load_text_transformer
+from models.weights.loading import load_checkpoint
 from runtime.config import cli as config_module
 from runtime.config.cli import (
     differences,
@@ -590,6 +593,27 @@ def test_run_on_ctrl_c_and_on_defects(monkeypatch, capsys):
     seen = []
     run_script(seen.append, Config, argv=["--seed", "9"])
     assert seen == [read("--seed", "9")]
+
+
+def test_weights_that_do_not_fit_name_the_checkpoint(capsys, tmp_path):
+    @dataclass
+    class Tool:
+        """A tool."""
+
+        checkpoint: Path | None = knob(None, "weights")
+
+    def main(_config):
+        load_checkpoint(torch.nn.Linear(2, 1), {})
+
+    for argv, begins in ((["--checkpoint", "other.pt"], "other.pt: the checkpoint"), ([], "the")):
+        with pytest.raises(SystemExit):
+            run_script(main, Tool, argv=argv)
+        assert capsys.readouterr().err.startswith(f"error: {begins} ")
+    with pytest.raises(UserError, match="init_text_encoder its blocks: the checkpoint does not"):
+        load_text_transformer(
+            torch.nn.ModuleDict({"transformer": torch.nn.Linear(2, 1)}),
+            {"transformer.x": torch.zeros(1)},
+        )
 
 
 def test_a_mistyped_model_is_refused_before_the_built_in_data_are_made(

@@ -124,7 +124,7 @@ def test_names_of_wrapped_networks(rename, file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key", ["teacher", "model_state_dict", "module", "model_ema", "state_dict_ema"]
+    "key", ["teacher", "model_state_dict", "module", "model_ema", "state_dict_ema", "ema"]
 )
 def test_weights_under_the_names_of_other_trainers(key, tmp_path, capsys):
     average = torch.optim.swa_utils.AveragedModel(torch.nn.BatchNorm1d(2))
@@ -154,13 +154,14 @@ def test_names_that_two_weights_would_share_stay():
     assert list(unwrap_names({"a": torch.ones(1), "module.a": torch.zeros(1)})) == ["a", "module.a"]
 
 
-def test_an_average_beside_the_weights_is_said_to_be_left_out(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["state_dict_ema", "ema"])
+def test_an_average_beside_the_weights_is_said_to_be_left_out(name, tmp_path, capsys):
     average = {name: value + 1 for name, value in STATE.items()}
-    content = {"state_dict": STATE, "state_dict_ema": average}  # as timm saves both
+    content = {"state_dict": STATE, name: average}  # as timm saves both
     torch.save(content, tmp_path / "w.pth")
     found = read_weights(tmp_path / "w.pth")
     read_weights(tmp_path / "w.pth")
-    assert capsys.readouterr().err.count("state_dict_ema, their average, is left out") == 1
+    assert capsys.readouterr().err.count(f"{name}, their average, is left out") == 1
     assert torch.equal(found["b"], STATE["b"])
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 ENTRIES = 2000  # collectives that torch's recorder keeps, some hundred bytes each
 FOLDER = "flight_recorder"  # below the output folder; `torchfrtrace FOLDER` reads it
 
@@ -62,6 +64,9 @@ def record_in(output_folder: str | Path) -> None:
 @contextlib.contextmanager
 def entering(name: str) -> Iterator[None]:
     """Around a collective of our own."""
+    if torch.compiler.is_compiling():  # a count would be a new graph at every step
+        yield
+        return
     OWN.name = name
     OWN.waits = True
     OWN.number += 1

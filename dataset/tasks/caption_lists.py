@@ -17,6 +17,7 @@ from dataset.tasks.catalog import Entry
 from dataset.tasks.record import by_image
 
 FLICKR_LINE = re.compile(r"(.+?\.jpg),(.*)", re.IGNORECASE)  # the caption may have commas
+QUOTED = re.compile(r'"((?:[^"]|"")*)"')  # a cell of a CSV
 
 
 def retrieval_list(entry: Entry) -> tuple[list[Path], list[list[str]]]:
@@ -57,11 +58,17 @@ def _image_root(entry: Entry, file: Path, first: Sequence[str]) -> Path:
 
 
 def _flickr_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
-    """(image, captions) of flickr30k_test_karpathy.txt: a header, then IMAGE.jpg,CAPTION lines."""
-    for number, line in enumerate(read_lines(file), 1):
-        row = FLICKR_LINE.fullmatch(line.strip())
+    """(image, captions) of flickr30k_test_karpathy.txt, and of Kaggle's captions.txt, a CSV: a
+    header, then IMAGE.jpg,CAPTION lines."""
+    lines = read_lines(file)
+    found = [FLICKR_LINE.fullmatch(line.strip()) for line in lines]
+    # a CSV's captions stand in quotes where they have commas, those of the other file never do
+    is_csv = all(QUOTED.fullmatch(row[2]) for row in found if row and "," in row[2])
+    for number, (line, row) in enumerate(zip(lines, found, strict=True), 1):
         if row:
-            yield row[1], [row[2].strip()]
+            quoted = QUOTED.fullmatch(row[2]) if is_csv else None
+            caption = quoted[1].replace('""', '"') if quoted else row[2]
+            yield row[1], [caption.strip()]
         elif number > 1 and line.strip():
             remedy = TOKENS if TOKEN_LINE.match(line.encode()) else "fix it"
             raise UserError(

@@ -23,6 +23,7 @@ from models.dual_encoder.openai import OpenAICLIP
 from models.layers.library_towers import TimmTower
 from models.layers.openai_towers import OPENAI_MODELS, OpenAIConfig, openai_model
 from models.layers.positions import resize_positions
+from models.weights.align import check_described
 from models.weights.any_dual_encoder import (
     check_clip_described,
     check_open_clip_heads,
@@ -74,6 +75,8 @@ def load_any_layout(
     if "vision_model.embeddings.patch_embedding.weight" in state:
         state = from_hugging_face(state)
         check_clip_described(described, openai_config(state))
+    if "vision_model.embeddings.convolution.weight" in state:
+        check_described(described)
     plain = text_at_root(state)
     is_openai = any(name in plain for name in IMAGE_HEADS) and "text_projection" in plain
     if is_openai != isinstance(model, OpenAICLIP):

@@ -105,6 +105,16 @@ def test_what_lies_beside_the_weights_is_computed_or_refused(path, value, messag
         assert "mean (0.5, 0.5, 0.5)" in "".join(capsys.readouterr())
 
 
+def test_an_align_of_another_epsilon_is_refused():
+    theirs = toy("ALIGN_NANO_TINY", image_size=32)
+    start = toy("ALIGN_NANO_TINY", seed=1, image_size=32)
+    about = {"config.json": {"text_config": {"layer_norm_eps": 1e-12}}}
+    load_any_layout(start, theirs.state_dict(), about)
+    about["config.json"]["text_config"]["layer_norm_eps"] = 1e-5
+    with pytest.raises(UserError, match="layer_norm_eps is 1e-05"):
+        load_any_layout(start, theirs.state_dict(), about)
+
+
 def test_positions_fit_other_images():
     theirs = published("ViT-S-8")
     ours = build("ViT-S-8", image_size=48)

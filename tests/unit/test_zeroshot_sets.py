@@ -387,6 +387,21 @@ def test_lists_that_clip_benchmark_fetches(tmp_path, layout):
         opened(entry, Prompts(), tmp_path)
 
 
+def test_captions_of_kaggles_file_lose_the_quotes_of_a_csv(tmp_path):
+    """captions.txt of Flickr8k and Flickr30k is a CSV by another name; the quotes of the Karpathy
+    list are its captions' own."""
+    image(tmp_path / "8.jpg", 8)
+    file = tmp_path / "captions.txt"
+    entry = Entry("toys", "retrieval", str(file))
+    csv = ["image,caption", '8.jpg,"A man, in a ""hat"" ."', "8.jpg,two", '8.jpg,"a ""b"""']
+    file.write_text("\n".join(csv))
+    found = opened(entry, Prompts(), tmp_path).images
+    assert found.captions == ['A man, in a "hat" .', "two", 'a "b"']
+    file.write_text("\n".join(["image,caption", '8.jpg,"A man" , "a hat"', '8.jpg,"two"']))
+    found = opened(entry, Prompts(), tmp_path).images
+    assert found.captions == ['"A man" , "a hat"', '"two"']
+
+
 @pytest.mark.parametrize("layout", ["rows", "karpathy"])
 def test_a_row_for_every_caption_counts_the_image_once(tmp_path, layout):
     for number in (1, 2):

@@ -31,6 +31,8 @@ ALWAYS = {
 }
 CURVES = 18  # charts at most
 ENSEMBLE = re.compile(r"_zh_0\.[1-46-9]$")  # of z and h by other weights: a chart of its report
+# options of an evaluation that say of which data its scores are
+SCORED = ("val_file", "test_file", "val_data", "train_data", "val", "test", "choices", "datasets")
 UNSAID = {"output_dir"}  # options that always differ
 BESIDE = 20  # newest runs beside one that are compared with it
 LOG_BYTES = 32 << 20  # of a log above which its curves are left out of that comparison
@@ -46,6 +48,7 @@ class RunFolder:
     config: dict[str, Any]
     log: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    scored: dict[str, str] = field(default_factory=dict)  # checkpoint and data of the metrics
     page: Path | None = None
 
     @property
@@ -145,8 +148,12 @@ def open_run(folder: Path, root: Path, log_bytes: int | None = None) -> RunFolde
     if log.is_file() and (log_bytes is None or log.stat().st_size <= log_bytes):
         run.log = read_log(log)
     if (result / "metrics.json").is_file():
-        numbers = flat(read_json(result / "metrics.json", kind=dict))
-        run.metrics = {key: float(value) for key, value in numbers if is_number(value)}
+        found = read_json(result / "metrics.json", kind=dict)
+        run.metrics = {key: float(value) for key, value in flat(found) if is_number(value)}
+        file = result / "config.yaml"
+        given = read_yaml(file)[0] if file.is_file() else {}
+        given["checkpoint"] = found.get("checkpoint")
+        run.scored = {key: show(given[key]) for key in ("checkpoint", *SCORED) if given.get(key)}
     if (result / "report.html").is_file():
         run.page = result / "report.html"
     return run
@@ -224,10 +231,13 @@ def points(run: RunFolder, key: str) -> list[tuple[float, float]]:
 
 
 def score_comparison(runs: Sequence[RunFolder]) -> Markup:
-    """Scores by name, a column for each run."""
+    """Scores by name, a column for each run; first of which checkpoint and data they are."""
     scored = [run for run in runs if run.metrics]
+    rows: list[tuple] = []
+    for key in ("checkpoint", *SCORED):
+        if any(key in run.scored for run in scored):
+            rows.append((key, *(run.scored.get(key, "") for run in scored)))
     keys = dict.fromkeys(key for run in scored for key in run.metrics)
-    rows = []
     for key in keys:
         if ENSEMBLE.search(key):
             continue

@@ -61,6 +61,23 @@ def test_page_links_draws_and_compares(root):
     assert "network.width" not in str(runs_page(find_runs(root)[:2], root, "two"))  # alike in both
 
 
+def test_scores_say_of_which_checkpoint_and_data_they_are(root):
+    """Those of the last evaluation in the folder, whose options are not those of its training."""
+    result = root / "a & b/result"
+    (result / "config.yaml").write_text("val_data: imagenet/val\ntest_file: [x.json]\nlr: 9\n")
+    metrics = {"checkpoint": "other/best.pt", "test": {"accuracy": 61.25}}
+    (result / "metrics.json").write_text(json.dumps(metrics))
+    runs = find_runs(root)
+    assert runs[0].config["lr"] != 9 and runs[0].metrics == {"test.accuracy": 61.25}
+    html = str(runs_page(runs, root, "Runs in out"))
+    scores = html[html.index("Scores") : html.index("Options that differ")]
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", scores)
+    for key, value in (("checkpoint", "other/best.pt"), ("val_data", "imagenet/val")):
+        others = ""  # nothing is known of the other's
+        assert cells[cells.index(key) :][:3] == [key, value, others]
+    assert cells[cells.index("test_file") + 1] == "x.json"
+
+
 def test_a_quantity_that_never_changes_has_no_chart(root):
     runs = find_runs(root)
     for run in runs:

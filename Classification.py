@@ -129,7 +129,7 @@ def evaluation_data(config: Config, names: list[str]) -> Split | None:
     network = config.network
     view = ViTEvalView(network.image_size, config.views.resize_small, exact=network.original)
     labels = Labels(network.num_classes, config.targets, config.val_data)
-    return shared_split(config.val_data, config.data_root, view, labels, names, config.download)
+    return shared_split(config.val_data, view, labels, names, config)
 
 
 def build_model(config: Config) -> VisionClassifier:

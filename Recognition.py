@@ -126,9 +126,9 @@ def training_data(config: Config, tokenizer: PieceTokenizer, world: World, state
 
 def evaluation_data(config: Config) -> dict[str, ImageSet]:
     """The splits that are given: `val` and `test`."""
-    view = ImageView(config.network.image_size, config.whole_image)
+    how = (ImageView(config.network.image_size, config.whole_image), config.image_root)
     given = {"val": config.val, "test": config.test}
-    splits = {name: ImageSet(file, view, config.image_root) for name, file in given.items() if file}
+    splits = {k: ImageSet(v, *how, config.error_budget) for k, v in given.items() if v}
     if config.evaluate and not splits:
         raise UserError("--evaluate needs --test: a list, or shards with .nouns")
     return splits

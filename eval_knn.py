@@ -171,7 +171,7 @@ def view_of(encoder: ImageEncoder, about: dict) -> tuple[Callable[[Tensor], Tens
 def images_of(data: str, split: str, view: Callable, names: list[str], config: Config) -> Split:
     """The images of a data set with their labels. UserError where one has no class."""
     labels = Labels(len(names) or config.num_classes, LabelOptions(), data)
-    return shared_split(data, config.data_root, view, labels, names, config.download, split)
+    return shared_split(data, view, labels, names, config, split)
 
 
 def bank_of(

@@ -235,7 +235,9 @@ def main(config: Config) -> None:
     shards = cache_folder(config.cache) / "shards"
     entries = wanted_entries(config)
     named = bool(config.datasets or config.catalog)
-    sets, skipped = open_sets(entries, prompts, shards, load_plain, config.download, explain=named)
+    sets, skipped = open_sets(
+        entries, prompts, shards, load_plain, config.download, named, config.error_budget
+    )
     encoder = open_encoder(config, world)
     found = {data.entry.name: evaluate(data, encoder, config, world) for data in sets}
     write_zero_shot(config, config.model_name or encoder.opened.title, found, skipped, VTAB_PLUS)

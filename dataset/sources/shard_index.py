@@ -28,6 +28,7 @@ from dataset.sources.tfrecord import is_tfrecord, read_frames
 
 LISTED = 5  # bad samples named
 THREADS = 8
+ERROR_BUDGET = 0.01  # fraction of samples without an image above which shards are refused
 INDEX_VERSION = 4  # part of the key of cached indices: raise it when the rules of reading change
 ARRAYS = ("shard", "first", "kind", "start", "size", "key_end", "keys", "kinds", "bad", "lost")
 
@@ -41,7 +42,9 @@ class ShardIndex(Sequence):
     `lost`, their number. Raises UserError where they are more than `error_budget` of all.
     """
 
-    def __init__(self, shards: Sequence[str | Path], title: str = "", error_budget: float = 0.01):
+    def __init__(
+        self, shards: Sequence[str | Path], title: str = "", error_budget: float = ERROR_BUDGET
+    ):
         self.names = [str(shard) for shard in shards]
         self.title = title or self.names[0]
         with ThreadPoolExecutor(THREADS) as pool:

@@ -48,7 +48,7 @@ from dataset.sources.flat_folder import flat_folder, is_flat
 from dataset.sources.hub import is_hub
 from dataset.sources.records import Records
 from dataset.sources.shard_columns import plain_name, split_columns
-from dataset.sources.shard_index import ShardIndex
+from dataset.sources.shard_index import ERROR_BUDGET, ShardIndex
 from dataset.sources.shard_list import is_shard, list_shards, shared_shards
 from dataset.sources.shards import ShardSource
 from dataset.sources.tables import TABLES, address_state, parse_address
@@ -372,13 +372,18 @@ def training_source(
 
 
 def shared_records(
-    data: str, root: Path, split: str, classes: Sequence[str] = (), download: bool = False
+    data: str,
+    root: Path,
+    split: str,
+    classes: Sequence[str] = (),
+    download: bool = False,
+    error_budget: float = ERROR_BUDGET,
 ) -> Sequence:
     """What a data string names, for all processes: a collective. The first process walks class
-    folders for the others, and makes the caches that they read."""
+    folders for the others, and makes the caches that they read. error_budget: see ShardIndex."""
     if is_shards(data):
         with distributed.rank_0_first():
-            return ShardIndex(list_shards(data), data)
+            return ShardIndex(list_shards(data), data, error_budget)
     opened = partial(open_records, data, root, split, classes, download)
     if Path(data).is_dir() and not data.startswith("torchvision/"):
         return distributed.on_main(opened, patient=True)
@@ -387,16 +392,11 @@ def shared_records(
 
 
 def shared_split(
-    data: str,
-    root: Path,
-    view,
-    labels: Labels,
-    classes: Sequence[str] = (),
-    download: bool = False,
-    split: str = "test",
+    data: str, view, labels: Labels, classes: Sequence[str], knobs, split: str = "test"
 ) -> "Split":
-    """`Split` for all processes: a collective."""
-    records = shared_records(data, root, split, classes, download)
+    """`Split` for all processes: a collective. knobs: has data_root, download, error_budget."""
+    root, download = knobs.data_root, knobs.download
+    records = shared_records(data, root, split, classes, download, knobs.error_budget)
     return Split(data, root, view, labels, classes, download, split, records)
 
 

@@ -27,7 +27,7 @@ from dataset.loading.stream import RecordSource, Stream
 from dataset.sources.cached_tables import made_once
 from dataset.sources.left_out import LeftOut
 from dataset.sources.records import Records
-from dataset.sources.shard_index import ShardIndex
+from dataset.sources.shard_index import ERROR_BUDGET, ShardIndex
 from dataset.sources.shard_list import list_shards
 from dataset.sources.shards import shard_sources
 from dataset.sources.tables import TABLES, is_table, parse_address
@@ -344,7 +344,13 @@ class ImageSet:
     """The images of a split in order, with what they show: of a list (below `root`), or of .tar
     shards. The samples of shards are those that training reads."""
 
-    def __init__(self, source: str | Path, view: Callable, root: str | Path = "."):
+    def __init__(
+        self,
+        source: str | Path,
+        view: Callable,
+        root: str | Path = ".",
+        error_budget: float = ERROR_BUDGET,
+    ):
         self.view = view
         self.root = Path(root)
         self.source = str(source)
@@ -354,7 +360,7 @@ class ImageSet:
             self.records = label_records(source).complete()
             check_image_root(self.root, (record["image"] for record in self.records))
         else:
-            self.records = ShardIndex(list_shards(self.source), self.source)
+            self.records = ShardIndex(list_shards(self.source), self.source, error_budget)
         try:
             self.references = [self._names(index) for index in range(len(self))]
         except BadSample as error:

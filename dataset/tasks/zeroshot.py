@@ -30,7 +30,7 @@ from dataset.sources.class_folder import ClassFolder, LabelledFiles
 from dataset.sources.class_folder import class_folders as folders_in
 from dataset.sources.flat_folder import flat_folder
 from dataset.sources.remote import local_copy, read_text
-from dataset.sources.shard_index import ShardIndex
+from dataset.sources.shard_index import ERROR_BUDGET, ShardIndex
 from dataset.sources.shard_list import list_shards
 from dataset.tasks import record
 from dataset.tasks.caption_lists import retrieval_list
@@ -105,6 +105,7 @@ def open_sets(
     read_plain: Callable,
     download: bool = False,
     explain: bool = True,
+    error_budget: float = ERROR_BUDGET,
 ) -> tuple[list[OpenSet], dict[str, str]]:
     """The data sets that are on this machine, all checked, and why the others are left out.
 
@@ -115,7 +116,7 @@ def open_sets(
     skipped = {}
     for entry in entries:
         with rank_0_first():
-            found = open_set(entry, prompts, cache, read_plain, download)
+            found = open_set(entry, prompts, cache, read_plain, download, error_budget)
         if isinstance(found, OpenSet):
             sets.append(found)
             continue
@@ -129,12 +130,17 @@ def open_sets(
 
 
 def open_set(
-    entry: Entry, prompts: Prompts, cache: Path, read_plain: Callable, download: bool = False
+    entry: Entry,
+    prompts: Prompts,
+    cache: Path,
+    read_plain: Callable,
+    download: bool = False,
+    error_budget: float = ERROR_BUDGET,
 ) -> OpenSet | MissingData:
     """The data set with its class names and templates; or, not raised, why it cannot be had.
 
     cache: folder for shards fetched from URLs. read_plain: reads arrays of objects. download: let
-    torchvision fetch.
+    torchvision fetch. error_budget: see ShardIndex.
     """
     try:
         if entry.kind in PAIRS:
@@ -142,9 +148,11 @@ def open_set(
             return OpenSet(replace(entry, metric="text_acc"), open_choices(entry))
         if entry.kind in ("retrieval", *LANGUAGES):
             _check_language(entry)
-            return OpenSet(replace(entry, metric="recall"), CaptionedImages(entry, cache))
+            return OpenSet(
+                replace(entry, metric="recall"), CaptionedImages(entry, cache, error_budget)
+            )
         if entry.kind == "webdataset":
-            return _open_shards(entry, prompts, cache)
+            return _open_shards(entry, prompts, cache, error_budget)
         return _open_classes(entry, prompts, read_plain, download)
     except MissingData as reason:
         return reason
@@ -204,11 +212,13 @@ def _open_classes(entry: Entry, prompts: Prompts, read_plain: Callable, download
     return OpenSet(entry, images, classes, templates)
 
 
-def _open_shards(entry: Entry, prompts: Prompts, cache: Path) -> OpenSet:
+def _open_shards(
+    entry: Entry, prompts: Prompts, cache: Path, error_budget: float = ERROR_BUDGET
+) -> OpenSet:
     kind = (read_text(entry.path, "dataset_type.txt") or "").strip().lower()
     if kind == "retrieval":
-        return OpenSet(replace(entry, metric="recall"), CaptionedImages(entry, cache))
-    images = ShardImages(entry, cache, kind == "multilabel")
+        return OpenSet(replace(entry, metric="recall"), CaptionedImages(entry, cache, error_budget))
+    images = ShardImages(entry, cache, kind == "multilabel", error_budget)
     english = entry.language == "en"
     classes = (images.classes if english else []) or _prompts(entry, prompts, "labels")
     templates = (images.templates if english else []) or _prompts(entry, prompts, "templates")
@@ -375,8 +385,8 @@ class ShardImages:
     class shown).
     """
 
-    def __init__(self, entry: Entry, cache: Path, multilabel: bool):
-        self.index = ShardIndex(*shard_files(entry, cache))
+    def __init__(self, entry: Entry, cache: Path, multilabel: bool, error_budget: float):
+        self.index = ShardIndex(*shard_files(entry, cache), error_budget)
         self.width = 0  # classes of the .npy members
         self.classes = names_in(read_text(entry.path, "classnames.txt") or "")
         found = lines_of(read_text(entry.path, "zeroshot_classification_templates.txt"))
@@ -466,8 +476,8 @@ class CaptionedImages:
     captions: all texts. text_image: the image of every one, int64 [T].
     """
 
-    def __init__(self, entry: Entry, cache: Path):
-        sources, captions = captions_of(entry, cache)
+    def __init__(self, entry: Entry, cache: Path, error_budget: float):
+        sources, captions = captions_of(entry, cache, error_budget)
         if not sources:
             raise UserError(
                 f"{entry.path}: no images with captions of split {entry.split!r}; name another split"
@@ -485,12 +495,12 @@ class CaptionedImages:
         return {"image": decode_image(self.sources[index])}
 
 
-def captions_of(entry: Entry, cache: Path):
+def captions_of(entry: Entry, cache: Path, error_budget: float):
     """Where the images are, and the captions of each."""
     if entry.kind == "webdataset":
-        return retrieval_shards(entry, cache)
+        return retrieval_shards(entry, cache, error_budget)
     if entry.kind == "retrieval" and is_shards(entry.path):
-        return training_shards(entry)
+        return training_shards(entry, error_budget)
     if entry.kind not in LANGUAGES:
         return retrieval_list(entry)
     images, captions = xtd(entry) if entry.kind == "xtd" else crossmodal(entry)
@@ -498,20 +508,22 @@ def captions_of(entry: Entry, cache: Path):
     return images, captions
 
 
-def training_shards(entry: Entry) -> tuple[ShardIndex, list[list[str]]]:
+def training_shards(entry: Entry, error_budget: float) -> tuple[ShardIndex, list[list[str]]]:
     """Shards that train, as img2dataset and scripts/data/pack.py write them, and the captions that
     training reads of each sample. A sample without one is a UserError."""
-    index = ShardIndex(list_shards(entry.path), entry.path)
+    index = ShardIndex(list_shards(entry.path), entry.path, error_budget)
     try:
         return index, [as_list(record.captions_of(index[place])) for place in range(len(index))]
     except BadSample as error:
         raise UserError(f"{error}; evaluation needs every caption: leave this sample out") from None
 
 
-def retrieval_shards(entry: Entry, cache: Path) -> tuple[ShardIndex, list[list[str]]]:
+def retrieval_shards(
+    entry: Entry, cache: Path, error_budget: float
+) -> tuple[ShardIndex, list[list[str]]]:
     """CLIP_benchmark's shards of images with .txt, a caption a line. Images without captions are
     among those to choose from; they are counted and said."""
-    index = ShardIndex(*shard_files(entry, cache))
+    index = ShardIndex(*shard_files(entry, cache), error_budget)
     captions = []
     for place in range(len(index)):
         has_text = "txt" in index.endings(place)

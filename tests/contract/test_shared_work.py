@@ -4,6 +4,7 @@ import datetime
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -88,7 +89,8 @@ def look_up(rank, folder):
     sources = shard_sources([f"{folder}/wds"], Build(), 10)
     assert sources[0].found.counts == (3, 4) and len(sources[0]) == 7
     labels = Labels(2, LabelOptions(), "x")
-    split = shared_split(str(folder / "classes"), folder, lambda image: image, labels)
+    knobs = SimpleNamespace(data_root=folder, download=False, error_budget=0.01)
+    split = shared_split(str(folder / "classes"), lambda image: image, labels, (), knobs)
     assert len(split) == 5 and split.load(4)["labels"] == [1]
 
 

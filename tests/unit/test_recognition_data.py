@@ -298,6 +298,12 @@ def test_the_images_of_a_split(tmp_path):
         and data.image(0) == jpeg()
         and "00000.tar" in data.name(0)
     )
+    without = {"txt": b"a dog", "nouns": b"dog"}
+    write_shard(tmp_path / "00000.tar", {"000000": members, "000001": without})
+    assert len(ImageSet(tmp_path, ImageView(8), error_budget=0.5)) == 1
+    with pytest.raises(UserError, match="1 of 2 samples are unusable"):
+        ImageSet(tmp_path, ImageView(8), error_budget=0.4)
+    write_shard(tmp_path / "00000.tar", {"000000": members, "000001": members | {"nouns": b"sky"}})
     (tmp_path / "a.jpg").write_bytes(jpeg())
     (tmp_path / "a.list").write_text("a.jpg : Dog,cat\n")
     listed = ImageSet(tmp_path / "a.list", ImageView(8), tmp_path)

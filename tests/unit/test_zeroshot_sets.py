@@ -6,6 +6,7 @@ import json
 import re
 import tarfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from dataset.sources.remote import address, local_copy
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.tar_writer import write_shard
 from dataset.tasks.catalog import CatalogOptions, Entry, Prompts, choose, wanted_entries
+from dataset.tasks.classification import LabelOptions, Labels, shared_split
 from dataset.tasks.zeroshot import OpenSet, Viewed, open_set
 from runtime.safe_pickle import load_plain
 from tests.helpers.images import of_colour
@@ -460,6 +462,39 @@ def test_shards_that_train_are_a_retrieval_set(tmp_path):
     write_shard(tmp_path / "mine/0.tar", [("a", {"png": samples[0]["png"]})])
     with pytest.raises(UserError, match="no caption"):
         opened(entry, Prompts(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "multilabel", "captions", "training", "classes"])
+def test_samples_without_image_follow_the_error_budget(kind, shards, tmp_path):
+    """One sample of five, in whichever way an evaluation reads shards."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([1, 0]))
+    beside = {"txt": b"a toy", "cls": b"1", "npy": buffer.getvalue()}
+    members = {f"s{n}": {"png": encoded(n), **beside} for n in range(4)} | {"s9": beside}
+    tar(
+        shards / "test/0.tar",
+        {f"{s}.{m}": v for s, all_ in members.items() for m, v in all_.items()},
+    )
+    (shards / "test/1.tar").unlink()
+    (shards / "test/nshards.txt").write_text("1\n")
+    if kind in ("multilabel", "captions"):
+        stated = {"multilabel": "multilabel", "captions": "retrieval"}[kind]
+        (shards / "dataset_type.txt").write_text(stated)
+    address = f"{shards}/test/{{0..0}}.tar"
+    entry = Entry("toys", "webdataset", str(shards))
+    if kind == "training":
+        (entry,) = choose([f"retrieval:{address}"], {})
+
+    def images(budget: float):
+        if kind != "classes":
+            found = open_set(entry, Prompts(), tmp_path / "cache", load_plain, error_budget=budget)
+            return found.images
+        knobs = SimpleNamespace(data_root=tmp_path, download=False, error_budget=budget)
+        return shared_split(address, None, Labels(2, LabelOptions(), "toys"), (), knobs)
+
+    assert len(images(0.2)) == 4
+    with pytest.raises(UserError, match="1 of 5 samples are unusable"):
+        images(0.19)
 
 
 def test_images_go_through_the_view(tmp_path):

@@ -92,14 +92,20 @@ class BertConfig:
 
 
 @dataclass
+class LayerCache:
+    """Keys and values that a layer has computed: own [R,H,T,d] of the past tokens, cross [B,H,N,d] of
+    what cross-attention reads."""
+
+    own: tuple[Tensor, Tensor] | None = None
+    cross: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass
 class DecoderCache:
     """Keys and values of a causal decoding under way; pass the same object with each further piece
     of text."""
 
-    # layer -> keys and values: own [R,H,T,d] of the past tokens, cross [B,H,N,d] of what
-    # cross-attention reads
-    own: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    cross: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    layers: dict[int, LayerCache] = field(default_factory=dict)
     mask: Tensor | None = None  # [R,T] bool, which past tokens are real
 
     @property
@@ -110,10 +116,12 @@ class DecoderCache:
     def select(self, rows: Tensor) -> "DecoderCache":
         """The cache of these rows (int64, repeats allowed); cross keys stay shared, the next call
         names its `rows`."""
-        own = {}
-        for layer, (keys, values) in self.own.items():
-            own[layer] = (keys.index_select(0, rows), values.index_select(0, rows))
-        return DecoderCache(own, dict(self.cross), self.mask.index_select(0, rows))
+        layers = {}
+        for number, layer in self.layers.items():
+            keys, values = layer.own
+            own = (keys.index_select(0, rows), values.index_select(0, rows))
+            layers[number] = LayerCache(own, layer.cross)
+        return DecoderCache(layers, self.mask.index_select(0, rows))
 
 
 class Embeddings(nn.Module):
@@ -228,7 +236,6 @@ class Layer(nn.Module):
 
     def __init__(self, config: BertConfig, index: int):
         super().__init__()
-        self.index = index
         self.attention = Attention(config, config.hidden_size)
         if index >= config.fusion_layer:
             self.crossattention = Attention(config, config.encoder_width)
@@ -245,7 +252,7 @@ class Layer(nn.Module):
         image_mask: Tensor | None = None,
         rows: Tensor | None = None,
         keep: Tensor | None = None,
-        cache: DecoderCache | None = None,
+        cache: LayerCache | None = None,
         map_of: str | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """[R,L,D] -> [R,L,D]; see `XBert.run`. The masks are [R,1,L or 1,L] and [B,1,1,N].
@@ -259,11 +266,11 @@ class Layer(nn.Module):
             return attention_map(self.attention.query(hidden[:, :1]), key, mask).squeeze(2)
         keys, values = self.attention.keys_values(hidden)
         if cache is not None:
-            if self.index in cache.own:
-                past_keys, past_values = cache.own[self.index]
+            if cache.own is not None:
+                past_keys, past_values = cache.own
                 keys = torch.cat([past_keys, keys], dim=2)
                 values = torch.cat([past_values, values], dim=2)
-            cache.own[self.index] = (keys, values)
+            cache.own = (keys, values)
         if keep is not None:
             hidden = at_positions(hidden, keep)
         hidden, self_map = self.attention(hidden, (keys, values), mask, with_map=map_of == "self")
@@ -278,14 +285,14 @@ class Layer(nn.Module):
             return hidden
         return hidden, self_map if map_of == "self" else cross_map
 
-    def cross_keys_values(self, image: Tensor, cache: DecoderCache | None) -> tuple[Tensor, Tensor]:
+    def cross_keys_values(self, image: Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
         """Keys and values of the image tokens, projected once per decoding where there is a
         cache."""
         if cache is None:
             return self.crossattention.keys_values(image)
-        if self.index not in cache.cross:
-            cache.cross[self.index] = self.crossattention.keys_values(image)
-        return cache.cross[self.index]
+        if cache.cross is None:
+            cache.cross = self.crossattention.keys_values(image)
+        return cache.cross
 
 
 class XBert(nn.Module):
@@ -356,7 +363,8 @@ class XBert(nn.Module):
                 image_mask=image_masks[turn] if fused else None,
                 rows=rows,
                 keep=keep if i == last - 1 else None,
-                cache=cache,
+                # not all of them: a layer's number would give every layer a graph of its own
+                cache=None if cache is None else cache.layers.setdefault(i, LayerCache()),
                 map_of=map_of[0] if map_of is not None and map_of[1] == i else None,
             )
             if isinstance(output, tuple):

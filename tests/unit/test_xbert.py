@@ -159,6 +159,24 @@ def test_cache_and_its_selection_equal_decoding_at_once(text):
     assert branch.length == 7 and cache.length == 1
 
 
+def test_layers_that_fill_a_cache_share_their_compiled_code(text):
+    """With a graph for each layer, deep decoders would pass the compiler's limit."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = XBertLM(tiny(num_hidden_layers=3)).eval()
+    for layer in model.bert.layers:
+        layer.compile(backend=backend)
+    cache = DecoderCache()
+    with torch.no_grad():
+        model(text[0][:2, :1], None, torch.randn(2, 5, 20), causal=True, cache=cache)
+    assert len(graphs) == 1 and len(cache.layers) == 3
+
+
 def test_decoding_sees_no_later_token(text):
     torch.manual_seed(0)
     model = XBertLM(tiny(num_hidden_layers=2)).eval()

@@ -21,6 +21,13 @@ TOKENS = (
     "these are Flickr30k's lines IMAGE#NUMBER<tab>CAPTION: save them as .tsv with a first line "
     "image<tab>caption and without the #NUMBER"
 )
+TABLE_LINE = re.compile(rb'"?(?:image|file|path|url)\w*"?[,\t]', re.IGNORECASE)
+TABLE = "this is a table by its first line: give it the ending .csv, or with tabs .tsv"
+SBU_START = re.compile(rb'\s*\{\s*"(?:captions|image_urls|user_ids)"\s*:\s*\[')
+SBU = (
+    "these are SBU's own lists: fetch the images with img2dataset, whose shards train, or write a "
+    ".tsv with a first line image<tab>caption"
+)
 
 
 class RepeatedKey(str):
@@ -43,7 +50,9 @@ def parse_entries(path: Path) -> Iterator[tuple[int, object]]:
         window = _Window(path, file)
         opening = window.skip(" \t\r\n\xef\xbb\xbf")  # the last three are UTF-8's byte order mark
         if opening not in ("[", "{"):
-            expected = TOKENS if TOKEN_LINE.match(window.start) else EXPECTED
+            known = {TOKENS: TOKEN_LINE, TABLE: TABLE_LINE}
+            fitting = (what for what, line in known.items() if line.match(window.start))
+            expected = next(fitting, EXPECTED)
             seen = looks_like(window.start)
             raise UserError(f"{path}: begins with {opening!r}{seen}; {expected}")
         if opening == "[":
@@ -123,6 +132,7 @@ class _Window:
             except ValueError as error:
                 if len(self.text) - self.place > ENTRY_BYTES or not self._extend():
                     reason = f"{error.args[0].split(':')[0]}){looks_like(self.start)}"
+                    reason += f"; {SBU}" if SBU_START.match(self.start) else ""
                     raise self.error(f"not valid JSON ({reason}") from None
         start, self.place = self.offset + self.place, end
         self.number += 1

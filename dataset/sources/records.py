@@ -22,6 +22,7 @@ from dataset.images.formats import is_image
 from dataset.sources.cached_tables import json_lines_of
 from dataset.sources.json_entries import (
     EXPECTED,
+    SBU,
     RepeatedKey,
     locate,
     parse_entries,
@@ -382,6 +383,8 @@ def published_remedy(entry: dict) -> str | None:
         first = listed[0] if isinstance(listed, list) and listed else None
         if isinstance(first, dict) and field in first:
             return remedy
+    if entry.keys() >= {"image_urls", "captions"}:
+        return SBU
     if entry and all(map(is_image, entry)):
         return BY_IMAGE % brief(next(iter(entry)))[1:-1]
     return COCO_HINT if "annotations" in entry else None

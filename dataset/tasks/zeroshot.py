@@ -385,7 +385,9 @@ class ShardImages:
     class shown).
     """
 
-    def __init__(self, entry: Entry, cache: Path, multilabel: bool, error_budget: float):
+    def __init__(
+        self, entry: Entry, cache: Path, multilabel: bool, error_budget: float = ERROR_BUDGET
+    ):
         self.index = ShardIndex(*shard_files(entry, cache), error_budget)
         self.width = 0  # classes of the .npy members
         self.classes = names_in(read_text(entry.path, "classnames.txt") or "")
@@ -476,7 +478,7 @@ class CaptionedImages:
     captions: all texts. text_image: the image of every one, int64 [T].
     """
 
-    def __init__(self, entry: Entry, cache: Path, error_budget: float):
+    def __init__(self, entry: Entry, cache: Path, error_budget: float = ERROR_BUDGET):
         sources, captions = captions_of(entry, cache, error_budget)
         if not sources:
             raise UserError(

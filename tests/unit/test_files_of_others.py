@@ -28,6 +28,7 @@ from base.zip_member import image_source, read_member
 from dataset.health.samples import FATAL, Examiner
 from dataset.health.survey import open_list
 from dataset.images.decode import ORIENTATION, check_image_root, decode_image, image_ending
+from dataset.sources import json_entries
 from dataset.sources.class_folder import ClassFolder
 from dataset.sources.class_folder import class_folders as class_folders_in
 from dataset.sources.flat_folder import flat_folder
@@ -420,6 +421,7 @@ PUBLISHED = {
     "instances": ({"annotations": [{"bbox": [0, 0, 1, 1]}]}, r"captions_\*\.json"),
     "captions": ({"annotations": [{"caption": "x"}]}, "--dataset coco"),
     "region_descriptions": ({"id": 1, "regions": [{"phrase": "x"}]}, r"vg\.json"),
+    "sbu-captions-all": ({"captions": ["x"], "image_urls": ["http://x/1.jpg"]}, "img2dataset"),
     "finetune_refcoco_val": (
         {"images": [{"caption": "x"}], "annotations": [{"bbox": [0, 0, 1, 1]}]},
         "convert_expressions",
@@ -433,6 +435,25 @@ def test_a_published_file_in_the_place_of_a_list(tmp_path, name):
     (tmp_path / f"{name}.json").write_text(json.dumps({"info": {}, **content}))
     with pytest.raises(UserError, match=remedy):
         Records(tmp_path / f"{name}.json")
+
+
+def test_lists_of_sbu_above_the_size_of_an_entry(tmp_path, monkeypatch):
+    """As the published file is, of a million URLs and captions in one object."""
+    monkeypatch.setattr(json_entries, "ENTRY_BYTES", 200)
+    monkeypatch.setattr(json_entries, "CHUNK", 64)
+    file = tmp_path / "sbu-captions-all.json"
+    file.write_text(
+        json.dumps({"captions": ["a man"] * 100, "image_urls": ["http://x/1.jpg"] * 100})
+    )
+    with pytest.raises(UserError, match=r"SBU's own lists.*img2dataset"):
+        Records(file)
+
+
+@pytest.mark.parametrize("head", ["image,caption", "filename\tcaption", '"image_name","caption"'])
+def test_a_table_of_another_ending_is_told_apart(head, tmp_path):
+    (tmp_path / "captions.txt").write_text(f"{head}\n1.jpg,a man\n")
+    with pytest.raises(UserError, match=r"this is a table by its first line: .*\.csv"):
+        Records(tmp_path / "captions.txt")
 
 
 @pytest.mark.parametrize("ending", ["token", "json", "jsonl", "txt"])

@@ -17,13 +17,14 @@ reversed argsort.
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from base.distributed import World, gather_parts, gather_rows
+from base.distributed import World, gather_parts, gather_rows, say
 from base.errors import UserError
 from base.heartbeat import beat
 from evaluation.predict import percent, progress
@@ -121,13 +122,8 @@ def rank(
             f"k {k}: there are {images} images and {len(captions)} captions, all re-ranked",
             stacklevel=3,
         )
-    if k < min(max(AT), max(images, len(captions))) and world.is_main:
-        deeper = " and ".join(f"R@{at}" for at in AT if at > k)
-        warnings.warn(
-            f"k {k}: {deeper} count what follows the {k} candidates in the order of the list; "
-            f"re-rank {max(AT)} or more",
-            stacklevel=3,
-        )
+    if k < min(max(AT), max(images, len(captions))):
+        note_recalls_beyond(k)
     by_image = nearest(image_features, text_features, min(k, len(captions)), world)
     by_text = nearest(text_features, image_features, min(k, images), world)
     if not rerank:
@@ -150,6 +146,16 @@ def with_matching(similar: Ranking, matching: Tensor, weight: float) -> Ranking:
     similarity."""
     scores = matching.view_as(similar.scores) + weight * similar.scores
     return Ranking(similar.candidates, scores, similar.size)
+
+
+@cache
+def note_recalls_beyond(k: int) -> None:
+    """Say once a process which recalls count more than the k candidates."""
+    deeper = " and ".join(f"R@{at}" for at in AT if at > k)
+    say(
+        f"note: k {k}: {deeper} count what follows the {k} candidates in the order of the list; "
+        f"re-rank {max(AT)} or more"
+    )
 
 
 def nearest(queries: Tensor, keys: Tensor, k: int, world: World) -> Ranking:

@@ -421,7 +421,7 @@ def _json(path: Path) -> object:
 def _records(path: Path) -> object:
     from dataset.sources.records import Records
 
-    return len(Records([path], ("image",), path.parent / "cache"))
+    return len(Records([path], ("image",)))
 
 
 def _yaml(path: Path) -> object:

@@ -76,7 +76,7 @@ def pairs(path: Path) -> Any:
     from dataset.tasks.retrieval import RetrievalSet
 
     root = with_image(path)
-    records = Records(path, ("image", "caption"), path.parent / "cache")
+    records = Records(path, ("image", "caption"))
     consumed(records, captions_of, lambda record: image_of(record, root))
     return RetrievalSet(records, root, as_is)
 
@@ -162,7 +162,7 @@ def labelled(path: Path) -> Any:
     from dataset.sources.records import Records
     from dataset.tasks.classification import LabelOptions, Labels
 
-    records = Records(path, ("image",), path.parent / "cache")
+    records = Records(path, ("image",))
     return consumed(records, Labels(10, LabelOptions(soft_labels=True), str(path)))
 
 
@@ -323,7 +323,7 @@ def table_rows(path: Path) -> Any:
     held = encoded_table(str(path), ("image", "caption"))
     if held is not None:
         return [held[number] for number in range(len(held))]
-    return consumed(Records(path, ("image", "caption"), path.parent / "cache"), captions_of)
+    return consumed(Records(path, ("image", "caption")), captions_of)
 
 
 def saved_dataset(path: Path) -> Any:

@@ -181,7 +181,7 @@ def evaluate(model: VisionClassifier, val: Split, config, world: World, precisio
 
     with evaluating(model), precision.autocast():
         scores = score(predict, batches, own, len(val), world)
-    return validate(scores, config.multi_label, real, batches.damages())
+    return validate(scores, config.multi_label, real, batches.damages(), config.network.original)
 
 
 def train(config, names: list[str], val: Split | None, world: World, precision) -> Validation:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 ENTRIES = 2000  # collectives that torch's recorder keeps, some hundred bytes each
 FOLDER = "flight_recorder"  # below the output folder; `torchfrtrace FOLDER` reads it
 
@@ -64,6 +62,8 @@ def record_in(output_folder: str | Path) -> None:
 @contextlib.contextmanager
 def entering(name: str) -> Iterator[None]:
     """Around a collective of our own."""
+    import torch  # by name alone: --help imports this module, and not torch
+
     if torch.compiler.is_compiling():  # a count would be a new graph at every step
         yield
         return

@@ -66,13 +66,14 @@ def validate(
     multi_label: bool,
     real: Sequence[Sequence[int]] | None = None,
     damages: Mapping[str, int] | None = None,
+    original: bool = False,
 ) -> Validation:
     """The metrics of a split, with the `damages` of its images, the same on every process
-    (collective). real: see `single_label_metrics`."""
+    (collective). real, original: see `single_label_metrics`."""
     if multi_label:
         metrics = multi_label_metrics(scores)
     else:
-        metrics = single_label_metrics(scores, real)
+        metrics = single_label_metrics(scores, real, original)
     metrics.update(damages or {})
     return Validation(metrics, scores.guesses(sigmoid=multi_label))
 
@@ -105,16 +106,16 @@ def score(
 
 
 def single_label_metrics(
-    scores: Scores, real: Sequence[Sequence[int]] | None = None
+    scores: Scores, real: Sequence[Sequence[int]] | None = None, original: bool = False
 ) -> dict[str, float]:
     """`top1`, `top5` and with ReaL's labels `real`, in percent; `chance` (the most frequent class)
     and `loss`.
 
     real: the classes that are right for each image; images without any are left out (Beyer et al.
     2020), as are from the other figures those that a threshold left no label. UserError where none
-    has one.
+    has one. original: such an image is of class 0, as COYO-ViT has it.
     """
-    has_label = torch.tensor([bool(row) for row in scores.labels])
+    has_label = torch.tensor([original or bool(row) for row in scores.labels])
     if not has_label.any():
         raise UserError("no image to validate with has a label: lower --label-threshold")
     labels = torch.tensor([row[0] if row else 0 for row in scores.labels])

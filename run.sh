@@ -131,9 +131,10 @@ else
     fi
 fi
 
-# --- one at a time, here; on Slurm the launcher looks whether the job is still there
+# --- one at a time, here (status 1; others: no locks on this file system); on Slurm the launcher looks whether the job
+# is still there
 exec 9>"$folder/.lock"
-flock -n 9 || die "experiment $name is running (lock $folder/.lock); let it end, or choose another --name"
+flock -n 9 || [ $? -ne 1 ] || die "experiment $name is running (lock $folder/.lock); let it end, or choose another --name"
 
 # --- its command: as given, else as last time
 if [ -z "$script" ]; then

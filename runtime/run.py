@@ -1,6 +1,7 @@
 """One training run: its folder, resuming, checkpoints, log and signals. The loop and the method are in the scripts."""
 
 import contextlib
+import errno
 import os
 import random
 import sys
@@ -137,10 +138,15 @@ class Run:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # what earlier versions hold
             fcntl.flock(handle, fcntl.LOCK_UN)
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{self.folder}: another run writes to this folder; choose another --output_dir"
-            ) from None
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):  # somebody holds it
+                raise UserError(
+                    f"{self.folder}: another run writes to this folder; choose another --output_dir"
+                ) from None
+            distributed.say(  # such as Lustre without its mount option flock
+                f"warning: {self.folder}: this file system has no locks ({error.strerror}); take "
+                "care that no second run writes here"
+            )
         return handle
 
     def _keep_lock(self) -> None:

@@ -159,6 +159,13 @@ def test_two_at_once_are_refused(repository):
         assert "is running" in run_sh(repository, "train.py", "--name", "X", expect=2)
 
 
+def test_a_file_system_without_locks_is_no_second_run(repository, tmp_path):
+    (tmp_path / "flock").write_text("#!/bin/sh\nexit 71\n")  # as util-linux's where there are none
+    (tmp_path / "flock").chmod(0o755)
+    run_sh(repository, "train.py", "--name", "X", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert len(said(repository / "output/experiments/X")) == 1
+
+
 MISTAKES = {
     "no such script": (["nothing.py", "--name", "X"], "nothing.py"),
     "no script": (["--bogus"], "SCRIPT.py"),

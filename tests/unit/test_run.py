@@ -1,6 +1,7 @@
 """Run: what a training script's loop relies on, with a small network and a real loader."""
 
 import errno
+import fcntl
 import gzip
 import json
 import os
@@ -949,6 +950,19 @@ def test_a_folder_that_is_removed_under_way_is_locked_again(second, tmp_path):
             assert tried[1] == "locked\n" and [path.name for path in folder.iterdir()] == [".lock"]
     finally:
         tried[0].communicate("", timeout=20)
+
+
+def test_a_file_system_without_locks_is_no_second_run(tmp_path, monkeypatch, capsys):
+    """Lustre has none unless it is mounted with them."""
+
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    for name in ("flock", "lockf"):
+        monkeypatch.setattr(fcntl, name, no_locks)
+    run, _ = train(options(tmp_path))
+    assert run.step == TOTAL
+    assert "no locks (Function not implemented)" in capsys.readouterr().out
 
 
 def test_a_folder_in_a_checkpoints_place_is_set_aside(tmp_path):

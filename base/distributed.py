@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -57,17 +57,15 @@ def init(device: str = "auto") -> World:
     (CUDA where present), `cuda` or `cpu`;
     the backend is nccl for tensors on CUDA and gloo for those on the CPU.
 
-    Raises UserError where CUDA is asked for and absent, or where a node has fewer GPUs than
-    processes.
+    Raises UserError where CUDA is asked for and absent, where a node has fewer GPUs than processes, or
+    where the variables tell of half a launcher.
     """
     env = os.environ
     # the variable of a step: a shell inside an allocation has the job's SLURM_NTASKS, but is no
     # task of it
     if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:
         _adopt_slurm(env)
-    rank = int(env.get("RANK", 0))
-    size = int(env.get("WORLD_SIZE", 1))
-    local_rank = int(env.get("LOCAL_RANK", 0))
+    rank, size, local_rank = _place(env)
     chosen = _device(device, local_rank)
     if "TORCHELASTIC_RUN_ID" in env:
         end_with_parent()  # torchrun; left alone, it would hold its GPU and its output folder
@@ -77,8 +75,37 @@ def init(device: str = "auto") -> World:
         kwargs = {"device_id": chosen} if chosen.type == "cuda" else {}
         if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             kwargs |= {"store": _agents_store(rank, size), "rank": rank, "world_size": size}
-        dist.init_process_group(backend, timeout=TIMEOUT, **kwargs)
+        try:
+            dist.init_process_group(backend, timeout=TIMEOUT, **kwargs)
+        except RuntimeError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UserError(
+                f"MASTER_PORT={env['MASTER_PORT']}: another program has this port; set MASTER_PORT "
+                "to another number, the same for all processes"
+            ) from None
     return World(rank, size, local_rank, chosen)
+
+
+def _place(env: Mapping[str, str]) -> tuple[int, int, int]:
+    """Rank, number of processes and rank on this node. Without RANK the process is alone, whatever
+    other variables are left over. UserError."""
+    if "RANK" not in env:
+        return 0, 1, 0
+    lacking = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if lacking:
+        raise UserError(
+            f"RANK={env['RANK']} is set, but not {', '.join(lacking)}: start with torchrun, or, for "
+            "a process alone, `unset RANK`"
+        )
+    try:
+        rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
+        local_rank, _ = int(env.get("LOCAL_RANK", 0)), int(env["MASTER_PORT"])
+    except ValueError as error:
+        raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT: {error}") from None
+    if not 0 <= rank < size:
+        raise UserError(f"RANK={rank} of WORLD_SIZE={size}: ranks are counted from 0")
+    return rank, size, local_rank
 
 
 PAUSE = 0.1  # seconds
@@ -121,12 +148,13 @@ def store(name: str) -> dist.Store:
 
 
 def _adopt_slurm(env) -> None:
-    """Translate Slurm's variables into torchrun's; two jobs on a node get ports of their own."""
+    """Translate Slurm's variables into torchrun's; two jobs on a node get ports of their own, below
+    those that Linux gives to connections."""
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
     env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
     env.setdefault("MASTER_ADDR", first_host(nodes))
-    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 12000))
 
 
 def first_host(nodelist: str) -> str:

@@ -1,5 +1,7 @@
 """Host lists, and tables assembled from several processes."""
 
+import socket
+
 import pytest
 import torch
 
@@ -37,12 +39,51 @@ def test_slurm_variables_become_torchruns(monkeypatch):
         "SLURM_PROCID": "3",
         "SLURM_STEP_NUM_TASKS": "8",
         "SLURM_LOCALID": "1",
-        "SLURM_JOB_ID": "40007",
+        "SLURM_JOB_ID": "36007",
     }
     env |= {"SLURM_STEP_NODELIST": "gpu[12-13]"}
     distributed._adopt_slurm(env)
     assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"]) == ("3", "8", "1")
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("gpu12", "20007")
+
+
+LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+
+
+def set_launcher(monkeypatch, **variables: str) -> None:
+    for name in (*LAUNCHED, "LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_process_without_a_rank_is_alone(monkeypatch):
+    """It evaluated an eighth of the images, and the others' rows were zeros."""
+    set_launcher(monkeypatch, WORLD_SIZE="8", LOCAL_RANK="3", MASTER_ADDR="gpu1")
+    world = distributed.init("cpu")
+    assert (world.rank, world.size, world.local_rank) == (0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "0"}, "RANK=0 is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({**LAUNCHED, "WORLD_SIZE": "two"}, "invalid literal"),
+        ({**LAUNCHED, "RANK": "1"}, "RANK=1 of WORLD_SIZE=1"),
+    ],
+)
+def test_half_a_launcher_is_one_clear_error(monkeypatch, variables, said):
+    set_launcher(monkeypatch, **variables)
+    with pytest.raises(UserError, match=said):
+        distributed.init("cpu")
+
+
+def test_a_port_that_is_taken_is_one_clear_error(monkeypatch):
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as taken:
+        port = str(taken.getsockname()[1])
+        set_launcher(monkeypatch, **{**LAUNCHED, "MASTER_PORT": port})
+        with pytest.raises(UserError, match=f"MASTER_PORT={port}: another program has this port"):
+            distributed.init("cpu")
 
 
 def test_helpers_are_the_identity_on_one_process():

@@ -18,7 +18,7 @@ from base.distributed import World, gather_objects, gather_rows
 from base.errors import UserError
 from base.heartbeat import beat
 from base.reading import read_json
-from evaluation.predict import Guesses, percent, progress
+from evaluation.predict import Guesses, check_finite, percent, progress
 
 BLOCK = 512  # classes looked at together
 TOP = 5
@@ -116,12 +116,13 @@ def single_label_metrics(
     has one. original: such an image is of class 0, as COYO-ViT has it.
     """
     has_label = torch.tensor([original or bool(row) for row in scores.labels])
-    if not has_label.any():
-        raise UserError("no image to validate with has a label: lower --label-threshold")
+    check_labelled(has_label)
     labels = torch.tensor([row[0] if row else 0 for row in scores.labels])
     own = torch.as_tensor(list(scores.own), dtype=torch.int64)
     losses = F.cross_entropy(scores.logits, labels[own], reduction="none")
-    losses = scores.gather(losses).cpu()[has_label]
+    losses = scores.gather(losses).cpu()
+    check_finite(losses, "the network's losses")
+    losses = losses[has_label]
     best = scores.gather(top_classes(scores.logits)).cpu()
     labels = labels[has_label]
     hits = best[has_label] == labels[:, None]
@@ -141,6 +142,12 @@ def single_label_metrics(
     result["loss"] = losses.double().mean().item()
     result["images"] = len(labels)
     return result
+
+
+def check_labelled(has_label: Tensor) -> None:
+    """UserError where no image has a label; bool [N]."""
+    if not has_label.any():
+        raise UserError("no image to validate with has a label: lower --label-threshold")
 
 
 def top_classes(logits: Tensor, k: int = TOP) -> Tensor:
@@ -180,8 +187,9 @@ def multi_label_metrics(scores: Scores, details: bool = False) -> dict[str, floa
 
     mAP averages over the classes that occur, macro F1 over all classes (0 where 0 / 0). details:
     also `auc`, the ROC area of 200 thresholds (classes that do not occur count 0), and `accuracy`,
-    both of (image, class) pairs.
+    both of (image, class) pairs. UserError where no image has a label.
     """
+    check_labelled(torch.tensor([bool(row) for row in scores.labels]))
     logits = scores.logits
     classes = logits.shape[1]
     best = scores.gather(top_classes(logits)).tolist()
@@ -201,6 +209,7 @@ def multi_label_metrics(scores: Scores, details: bool = False) -> dict[str, floa
         targets = block_targets(scores.labels, first, last).to(block.device)
         parts.append(class_statistics(block, targets, details))
     counts = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+    check_finite(counts["bce"], "the network's losses")
     result.update(summary(counts, len(scores.labels), details))
     return result
 

@@ -21,7 +21,7 @@ from base.writing import (
     temporary_beside,
     write_json,
 )
-from evaluation.predict import progress
+from evaluation.predict import check_finite, progress
 
 
 class Bank(NamedTuple):
@@ -125,10 +125,7 @@ def _fill(
                 "kNN and linear probe compare single labels: give a data set with one label an image"
             )
         found = encode(batch["image"].to(world.device, non_blocking=True)).float().cpu()
-        if not found.isfinite().all():
-            raise UserError(
-                "features are not finite: the weights hold NaN, or --precision fp16 overflows"
-            )
+        check_finite(found, "features")
         features[rows], labels[rows] = found.numpy(), batch["labels"][:, 0].numpy()
     features.flush()
     labels.flush()

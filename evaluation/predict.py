@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from base.distributed import World, gather_objects, gather_parts
+from base.errors import UserError
 from base.heartbeat import beat
 
 
@@ -40,7 +41,8 @@ def over_split(
     order of `batches`.
 
     predict: called with a batch's tensors, except `label`, on `world.device`; returns tensors
-    [B,...]. steps: how many batches there are, where they do not tell.
+    [B,...]. steps: how many batches there are, where they do not tell. UserError where a prediction
+    is not finite.
     """
     found = []
     for batch in progress(batches, name, world, steps):
@@ -50,7 +52,20 @@ def over_split(
         found.append(predict(**inputs))
     names = max(gather_objects(len(found[0]) if found else 0))  # a process may have no samples
     columns = [[row[i] for row in found] for i in range(names)]
-    return [gather_parts(parts, own, total, world.device).cpu() for parts in columns]
+    tables = [gather_parts(parts, own, total, world.device).cpu() for parts in columns]
+    for table in tables:
+        check_finite(table, f"the network's outputs ({name})")
+    return tables
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """UserError where one of them is NaN or infinite: the best of such scores is some class or other,
+    and its accuracy looks like a real one."""
+    if not values.isfinite().all():
+        raise UserError(
+            f"{what} are not finite: the checkpoint holds NaN, or fp16 overflows (try --precision "
+            "bf16 or fp32)"
+        )
 
 
 def progress(items: Iterable, name: str, world: World, total: int | None = None) -> Iterator:

@@ -25,18 +25,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from base.distributed import World, gather_parts, gather_rows, say
-from base.errors import UserError
 from base.heartbeat import beat
-from evaluation.predict import percent, progress
+from evaluation.predict import check_finite, percent, progress
 
 FILL = -100.0  # score of a pair that was no candidate
 TEXT_UNIT = 256  # captions per encoder pass
 SIMILARITY_UNIT = 256  # queries per block of similarities
 COLUMN = 64  # texts that share one computation of an image's keys and values
 AT = (1, 5, 10)  # k of the recalls at k
-NOT_FINITE = (
-    "not finite: the checkpoint holds NaN, or fp16 overflows (try --precision bf16 or fp32)"
-)
 
 
 class RetrievalModel(Protocol):
@@ -115,8 +111,8 @@ def rank(
     """
     tokens, image_features = _encode_images(model, load_images, images, image_batch, world)
     states, text_features = _encode_texts(model, captions, keep_text_states and rerank, world)
-    if not (image_features.isfinite().all() and text_features.isfinite().all()):
-        raise UserError(f"the network's features are {NOT_FINITE}")
+    check_finite(image_features, "the images' features")
+    check_finite(text_features, "the captions' features")
     if k > min(images, len(captions)) and world.is_main:
         warnings.warn(
             f"k {k}: there are {images} images and {len(captions)} captions, all re-ranked",
@@ -257,8 +253,7 @@ def score_pairs(
     tokens, image_features = _encode_images(model, load_images, images, image_batch, world)
     states, text_features = _encode_texts(model, captions, keep_text_states, world)
     similarity = (image_features[image] * text_features[text]).sum(-1).float().cpu()
-    if not similarity.isfinite().all():
-        raise UserError(f"similarities are {NOT_FINITE}")
+    check_finite(similarity, "similarities")
     matcher = Matcher(model, captions, states, images, tokens, image_batch, pairs, world)
     return similarity, matcher.scores(image, text)
 
@@ -300,8 +295,7 @@ class Matcher:
             scores.append(self.of_unit(tokens, of_unit, found % len(self.captions)))
             rows.append(torch.arange(start, end))
         table = gather_rows(torch.cat(scores), torch.cat(rows), len(wanted)).cpu()
-        if not table.isfinite().all():
-            raise UserError(f"matching scores are {NOT_FINITE}")
+        check_finite(table, "matching scores")
         return table[torch.searchsorted(wanted, keys)]
 
     def of_unit(self, tokens: Tensor, image: Tensor, text: Tensor) -> Tensor:

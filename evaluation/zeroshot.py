@@ -198,10 +198,10 @@ def best_classes(
     names = score_names(classifier)
     k = min(k, len(next(iter(classifier.values()))))
 
-    def predict(image: Tensor) -> tuple[Tensor]:
+    def predict(image: Tensor) -> tuple[Tensor, Tensor]:
         scores = class_scores(embed_image(image), classifier)
-        best = [scores[name].topk(k).indices for name in names]
-        return (torch.stack(best, 1),)
+        best = torch.stack([scores[name] for name in names], 1).topk(k)
+        return best.indices, best.values[..., 0]  # NaN where any score is
 
     return over_split(predict, batches, own, total, world, "zero-shot")[0]
 
@@ -238,12 +238,15 @@ def classify(
     names = score_names(classifier)
     kept = min(KEPT, len(next(iter(classifier.values()))))
 
-    def predict(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(image: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         scores = class_scores(embed_image(image), classifier)
         stacked = torch.stack([scores[name] for name in names], 1)
-        return (stacked if metric in NEEDS_SCORES else stacked.topk(kept).indices), target
+        if metric in NEEDS_SCORES:
+            return stacked, target
+        best = stacked.topk(kept)
+        return best.indices, target, best.values[..., 0]  # NaN where any score is
 
-    found, targets = over_split(predict, batches, own, total, world, title)
+    found, targets, *_ = over_split(predict, batches, own, total, world, title)
     known = len(next(iter(classifier.values())))
     if targets.ndim == 1 and int(targets.max()) >= known:
         raise UserError(

@@ -123,3 +123,14 @@ def test_scores_come_in_the_order_of_the_split():
     ]
     scores = score(lambda image: image.repeat(1, 4), batches, [0, 1, 2, 3], 4, ALONE)
     assert scores.labels == [[3], [1, 2], [], [1]] and scores.logits[:, 0].tolist() == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize("metrics", [single_label_metrics, multi_label_metrics])
+def test_scores_that_are_not_numbers_and_images_without_labels_are_refused(metrics):
+    logits, _ = random_scores(3)
+    with pytest.raises(UserError, match="label"):
+        metrics(Scores(logits, range(3), [[], [], []]))
+    for value in (torch.nan, torch.inf):
+        logits[1, 2] = value  # argmax would take it for a class
+        with pytest.raises(UserError, match="not finite"):
+            metrics(Scores(logits, range(3), [[1], [2], [0]]))

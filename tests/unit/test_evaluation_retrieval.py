@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from base.distributed import World
+from base.errors import UserError
 from evaluation.retrieval import (
     Captions,
     Ranking,
-    UserError,
     chance,
     in_order,
     nearest,

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from base.distributed import World
-from evaluation.zeroshot import Classified, cached_classifier, classify
+from base.errors import UserError
+from evaluation.zeroshot import Classified, best_classes, cached_classifier, classify
 from evaluation.zeroshot_metrics import (
     average_precision,
     mean_per_class,
@@ -159,3 +160,16 @@ def test_a_stored_classifier_gives_the_figures_of_the_one_that_was_made(tmp_path
         assert found.best[:, 0].tolist() == [0, 1, 2] and found.by_class.tolist() == [100] * 3
         assert found.scores["acc1_h"] == pytest.approx(100 / 3)
     assert list(first.scores) == list(second.scores)
+
+
+@pytest.mark.parametrize("metric", ["acc1", "roc_auc", None])
+def test_embeddings_that_are_not_numbers_have_no_best_class(metric):
+    world = World(0, 1, 0, torch.device("cpu"))
+    classifier = {"z": torch.eye(2)}
+    image = torch.tensor([[1.0, 0.0], [torch.inf, 1.0]])  # as fp16 overflows
+    with pytest.raises(UserError, match="not finite"):
+        if metric:
+            batches = [{"image": image, "target": torch.arange(2)}]
+            classify(lambda x: {"z": x}, classifier, batches, range(2), 2, world, metric)
+        else:
+            best_classes(lambda x: {"z": x}, classifier, [{"image": image}], range(2), 2, world)

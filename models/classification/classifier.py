@@ -266,9 +266,9 @@ def clipped_sigmoid_loss(
 
 
 def dense_targets(labels: Tensor, weights: Tensor, classes: int) -> Tensor:
-    """float32 [B,C] of sparse labels [B,K] and their weights; of a label named twice the larger
-    weight counts."""
-    return weights.new_zeros(len(labels), classes).scatter_reduce_(1, labels, weights, "amax")
+    """float32 [B,C] of sparse labels [B,K] and their weights; those of a label named twice, by both
+    images of a mixed one, add up."""
+    return weights.new_zeros(len(labels), classes).scatter_add_(1, labels, weights)
 
 
 # ---- moving average

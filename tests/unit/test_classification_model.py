@@ -62,6 +62,18 @@ def test_soft_labels_are_targets():
     torch.testing.assert_close(sigmoid_loss(logits, labels, weights), expected.sum(1).mean())
 
 
+def test_a_label_of_both_mixed_images_counts_whole():
+    logits = torch.randn(2, 3)
+    image = torch.zeros(2, 3, 4, 4)
+    batch = {"image": image, "labels": torch.tensor([[1], [1]]), "label_weights": torch.ones(2, 1)}
+    mixed = blend(batch, torch.tensor([0.7, 0.6]))
+    del mixed["image"]
+    target = torch.tensor([[0.0, 1, 0], [0, 1, 0]])
+    expected = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1).mean()
+    for loss in (sigmoid_loss, clipped_sigmoid_loss):
+        torch.testing.assert_close(loss(logits, mixed["labels"], mixed["label_weights"]), expected)
+
+
 def test_a_confident_mistake_keeps_its_gradient():
     logits = torch.full((1, 2), 40.0, requires_grad=True)
     labels, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)

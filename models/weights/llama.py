@@ -20,6 +20,7 @@ from base.reading import read_json
 from base.torch_files import find_index, read_tensors, shards_of
 from models.layers.llama import LlamaConfig, split_dimension
 from models.weights.loading import renamed
+from models.weights.stated import check_stated
 
 State = dict[str, Tensor]
 HUGGING_FACE = {  # transformers' name, without its `model.` -> Meta's, as `renamed` takes it
@@ -38,8 +39,23 @@ HUGGING_FACE = {  # transformers' name, without its `model.` -> Meta's, as `rena
     "layers.{}.input_layernorm": "layers.{}.attention_norm",
     "layers.{}.post_attention_layernorm": "layers.{}.ffn_norm",
 }
-KINDS = ("llama", "qwen2", "qwen3")  # transformers' model_type of decoders of this layout
-META_SCALING = (8.0, 1.0, 4.0, 8192.0)  # params.json says use_scaled_rope; Meta's code has these
+COMPUTED = {  # config.json: what this decoder computes
+    "model_type": ("llama", "qwen2", "qwen3"),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "use_sliding_window": (False, None),
+    "partial_rotary_factor": (1.0, None),
+}
+ROTARY = {  # rope_parameters or rope_scaling in it
+    "rope_type": ("default", "llama3"),
+    "type": ("default", "llama3"),
+    "partial_rotary_factor": (1.0, None),
+}
+PLAIN = "not a plain LLaMA; use a LLaMA of any generation, SmolLM2, Qwen2 or Qwen3"
+# rotary scaling where params.json says use_scaled_rope: what follows the factor, which is 8, or 32
+META_SCALING = (1.0, 4.0, 8192.0)
+LLAMA_3_2 = (2048, 3072)  # widths of the models of 32, in transformers' config.json of these, too
 META_FIELDS = (
     "dim",
     "n_layers",
@@ -100,9 +116,8 @@ def _read_meta(folder: Path, layers: int | None) -> tuple[LlamaConfig, State]:
     try:
         known = {name: params[name] for name in META_FIELDS if params.get(name) is not None}
         theta = float(params.get("rope_theta", 10000.0))
-        scaling = META_SCALING if params.get("use_scaled_rope") else ()
-        if scaling and "rope_scale_factor" in params:
-            scaling = (float(params["rope_scale_factor"]), *META_SCALING[1:])
+        factor = params.get("rope_scale_factor", 32 if params.get("dim") in LLAMA_3_2 else 8)
+        scaling = (float(factor), *META_SCALING) if params.get("use_scaled_rope") else ()
         config = LlamaConfig(**known, rope_theta=theta, rope_scaling=scaling)
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / 'params.json'}: {error}") from None
@@ -133,7 +148,8 @@ def merge_shards(shards: list[State], dim: int) -> State:
 
 # ---- Hugging Face
 def _read_hugging_face(folder: Path, layers: int | None) -> tuple[LlamaConfig, State]:
-    config = hugging_face_config(read_json(folder / "config.json", dict), folder / "config.json")
+    values = read_json(folder / "config.json", dict)
+    config = hugging_face_config(values, folder / "config.json")
     index = find_index(folder)
     files = shards_of(index) if index else matching_files(folder, "*.safetensors")
     files = files or matching_files(folder, "pytorch_model*.bin")
@@ -146,6 +162,11 @@ def _read_hugging_face(folder: Path, layers: int | None) -> tuple[LlamaConfig, S
     state: State = {}
     for file in files:
         state.update(read_tensors(file, wanted))
+    tied = values.get("tie_word_embeddings")
+    if tied:
+        state.pop("lm_head.weight", None)  # transformers does not read it, either
+    elif tied is False and "lm_head.weight" not in state:
+        raise UserError(f"{folder}: no lm_head among the weights; is a shard missing?")
     return config, from_hugging_face(state, config)
 
 
@@ -153,22 +174,12 @@ def hugging_face_config(values: dict, where: object = "config.json") -> LlamaCon
     """Geometry from the `config.json` of transformers' LlamaForCausalLM; UserError for other kinds
     of decoders."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{where}: rope_scaling is {brief(rope)}, not an object")
+    if not isinstance(rope, dict) or any(isinstance(each, dict) for each in rope.values()):
+        raise UserError(f"{where}: rope_scaling is {brief(rope)}, not an object of numbers")
+    check_stated(str(where), values, COMPUTED, PLAIN)
+    check_stated(f"{where}, rope_scaling", rope, ROTARY, PLAIN)
     rope_kind = rope.get("rope_type", rope.get("type", "default"))
     kind = values.get("model_type", "llama")
-    if (
-        kind not in KINDS
-        or rope_kind not in ("default", "llama3")
-        or values.get("attention_bias")
-        or values.get("mlp_bias")
-        or values.get("use_sliding_window")
-        or values.get("hidden_act", "silu") not in ("silu", "swish")
-    ):
-        raise UserError(
-            f"{where}: a {kind} with {rope_kind} rotary positions, not a plain LLaMA; use a LLaMA of "
-            "any generation, SmolLM2, Qwen2 or Qwen3, of silu, without attention_bias and sliding window"
-        )
     theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     try:
         config = LlamaConfig(

@@ -2,13 +2,21 @@
 refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from base.errors import UserError
 from models.layers.llama import Llama, LlamaConfig, PrefixMask, RMSNorm, own_part
-from models.weights.llama import from_hugging_face, interleave, merge_shards, read_llama
+from models.weights.llama import (
+    from_hugging_face,
+    hugging_face_config,
+    interleave,
+    merge_shards,
+    read_llama,
+)
 from tests.helpers.tiny_nxtp import meta_folder
 
 
@@ -106,13 +114,30 @@ def test_decoders_of_the_layout(kind, tmp_path):
     assert (back(ids).logits - expected).abs().max() < 1e-5
 
 
+def test_the_head_is_tied_where_the_configuration_says_so(hugging_face, tmp_path):
+    """As transformers reads a file with both; without a head it is one shard short."""
+    theirs, folder = hugging_face
+    folder = shutil.copytree(folder, tmp_path / "llama")
+    about = json.loads((folder / "config.json").read_text())
+    head = theirs.lm_head.weight
+    for tied, table in ((True, theirs.model.embed_tokens.weight), (False, head)):
+        (folder / "config.json").write_text(json.dumps(about | {"tie_word_embeddings": tied}))
+        assert torch.equal(read_llama(folder)[1]["output.weight"], table)
+    state = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in state.items() if "lm_head" not in k}, folder / "model.safetensors")
+    with pytest.raises(UserError, match="no lm_head"):
+        read_llama(folder)
+
+
 def test_params_of_llama_3_1(tmp_path):
     """Meta's own file names the scaling by a flag."""
     model = meta_folder(tmp_path)
     about = json.loads((tmp_path / "params.json").read_text())
-    (tmp_path / "params.json").write_text(json.dumps(about | {"use_scaled_rope": True}))
-    config, _ = read_llama(tmp_path)
-    assert config.rope_scaling == (8.0, 1.0, 4.0, 8192.0) and not model.config.rope_scaling
+    assert not model.config.rope_scaling
+    for dim, factor in ((4096, 8), (2048, 32)):  # of 3.1 and of 3.2
+        sizes = about | {"dim": dim, "use_scaled_rope": True}
+        (tmp_path / "params.json").write_text(json.dumps(sizes))
+        assert read_llama(tmp_path)[0].rope_scaling == (factor, 1, 4, 8192)
 
 
 def test_geometry_of_a_checkpoint_is_read_off_its_weights(tmp_path):
@@ -289,6 +314,8 @@ class TestRefused:
             {"model_type": "mistral"},
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
             {"hidden_act": "gelu"},
+            {"partial_rotary_factor": 0.5},
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         ],
     )
     def test_another_kind_of_decoder(self, change, tmp_path):
@@ -297,6 +324,11 @@ class TestRefused:
         )
         with pytest.raises(UserError, match="not a plain LLaMA"):
             read_llama(tmp_path)
+
+    def test_positions_by_kind_of_layer(self):
+        rope = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+        with pytest.raises(UserError, match="not an object of numbers"):
+            hugging_face_config({"rope_parameters": rope})
 
     def test_heads_that_do_not_fit(self):
         with pytest.raises(UserError, match="heads must be whole"):

@@ -92,7 +92,8 @@ def point_all(
         rows[row, 1] = found.iou
         rows[row, 2] = found.hit
         rows[row, 3] = found.chance
-    table = gather_rows(rows.to(world.device), torch.tensor(own), len(heat))
+    numbers = torch.tensor(own, dtype=torch.int64)  # a process may have none
+    table = gather_rows(rows.to(world.device), numbers, len(heat))
     results = []
     for box, overlap, hit, chance in table.tolist():
         results.append(Pointing(int(box), overlap, bool(hit), chance))

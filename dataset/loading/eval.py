@@ -7,7 +7,7 @@ from itertools import chain
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from base.distributed import gather_objects, world_size
+from base.distributed import gather_objects
 from base.errors import BadSample, UserError
 from base.heartbeat import beat
 from base.processes import usable_cores
@@ -32,7 +32,8 @@ class EvalLoader:
     last pass, and by `damages` for the metrics.
     load: makes a sample. A BadSample of another kind than an unreadable image ends the evaluation
     with a UserError; so do more unreadable images than `error_budget`, a fraction of the samples of
-    all processes together. Every process must iterate: the last batch is followed by a collective.
+    all processes together. Every process must iterate: a collective comes before the first batch
+    and after the last.
     exif: turn images by their EXIF orientation.
     """
 
@@ -48,7 +49,6 @@ class EvalLoader:
         exif: bool = False,
     ):
         self.samples = len(indices)
-        self.processes = world_size()
         self.error_budget = error_budget
         self.unreadable: list[str] = []
         self.truncated: list[str] = []
@@ -71,6 +71,9 @@ class EvalLoader:
     def __iter__(self) -> Iterator[dict]:
         self.unreadable = []
         self.truncated = []
+        everyone = sum(
+            gather_objects(self.samples)
+        )  # parts may differ: one may have a few, or none
         with signals_held():
             batches = iter(self.loader)
         for batch in batches:
@@ -82,13 +85,11 @@ class EvalLoader:
             batch, unreadable, truncated = batch
             self.unreadable += unreadable
             self.truncated += truncated
-            if len(self.unreadable) > self.error_budget * self.samples * self.processes:
+            if len(self.unreadable) > self.error_budget * everyone:
                 break  # more than all processes may have together: no need to read on
             yield batch
         self._report()
-        found = gather_objects((len(self.unreadable), self.samples))
-        unreadable, samples = (sum(counts) for counts in zip(*found, strict=True))
-        self._check_budget(unreadable, samples)
+        self._check_budget(sum(gather_objects(len(self.unreadable))), everyone)
 
     def damages(self) -> dict[str, int]:
         """Unreadable and truncated images of the last pass on all processes, where there are any,

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from base.distributed import World
+from base.distributed import ALONE, World
+from dataset.tasks.grounding import Target
+from evaluation.grounding import point_all
 from evaluation.predict import over_split
 from tests.helpers.processes import spawn
 
@@ -32,3 +34,21 @@ def test_every_sample_is_counted_once(size):
         check(0, 1)
     else:
         spawn(check, size, size)
+
+
+def pointed(world: World) -> list:
+    """What two maps point to."""
+    boxes = [[[0, 0, 4, 4], [4, 4, 4, 4]], [[0, 0, 3, 8]]]
+    targets = [Target(i, "val", of_image[-1], 8, 8) for i, of_image in enumerate(boxes)]
+    return point_all(torch.eye(4).reshape(1, 4, 4).repeat(2, 1, 1), targets, boxes, world)
+
+
+def check_pointing(rank: int, expected: list) -> None:
+    assert pointed(World(rank, 3, rank, torch.device("cpu"))) == expected
+
+
+def test_three_processes_point_for_two_expressions():
+    """The last has none."""
+    alone = pointed(ALONE)
+    assert [(found.box, found.chance) for found in alone] == [(0, 0.5), (0, 1.0)]
+    spawn(check_pointing, 3, alone)

@@ -43,3 +43,22 @@ def evaluate(rank: int, bad: int, budget: float, fails: bool) -> None:
 )
 def test_two_processes(bad, budget, fails):
     spawn(evaluate, 2, bad, budget, fails)
+
+
+def short_part(rank: int) -> None:
+    """All images but the last are rank 0's; the last, the only one of rank 1, is unreadable."""
+    own = range(IMAGES - 1) if rank == 0 else [IMAGES - 1]
+
+    def sample(index: int) -> int:
+        if index == IMAGES - 1:
+            decode_image(b"", name=f"{index}.jpg")
+        return index
+
+    loader = EvalLoader(sample, own, 5, list, workers=0, error_budget=0.05)
+    assert [index for batch in loader for index in batch] == list(own)
+    assert loader.damages() == {"unreadable_images": 1}
+
+
+def test_a_process_with_few_images_has_the_budget_of_all():
+    """One of its one image is unreadable, but one of twenty is within the budget: it is scored."""
+    spawn(short_part, 2)

@@ -19,8 +19,9 @@ def free_memory(device: torch.device | None = None) -> int | None:
     """Bytes that a process may still take on `device`; of the host for the CPU; None = unknown."""
     if device is not None and device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = [_of_meminfo(), _of_cgroup("memory.max", "memory.current")]
-    found.append(_of_cgroup("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+    found = [_of_meminfo(), _of_cgroup("memory.max", "memory.current", "memory.stat")]
+    older = ("limit_in_bytes", "usage_in_bytes", "stat")  # of cgroup v1
+    found.append(_of_cgroup(*(f"memory/memory.{name}" for name in older)))
     known = [value for value in found if value is not None]
     return min(known) if known else None
 
@@ -35,12 +36,18 @@ def _of_meminfo() -> int | None:
     return None
 
 
-def _of_cgroup(limit: str, used: str) -> int | None:
-    """What a container's limit leaves; its page cache counts as used, as the kernel counts it."""
+def _of_cgroup(limit: str, used: str, statistics: str) -> int | None:
+    """What a container's limit leaves. Cached files count as used there, which after a while of
+    reading fill what is left, and as free here: the kernel gives them up first."""
     try:
-        return int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text())
+        left = int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text())
+        lines = (CGROUP / statistics).read_text().splitlines()
     except (OSError, ValueError):  # "max": no limit
         return None
+    counts = {name: int(count) for name, _, count in (line.partition(" ") for line in lines)}
+    prefix = "total_" if "total_active_file" in counts else ""  # v1: with the groups inside
+    cached = sum(counts.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+    return left + cached
 
 
 def takes_no_memory() -> bool:

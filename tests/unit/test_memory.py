@@ -46,9 +46,20 @@ def test_the_bound_is_what_is_free(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
     assert free_memory() == 4 << 20
     (tmp_path / "memory.max").write_text(f"{3 << 20}\n")
-    (tmp_path / "memory.current").write_text(f"{1 << 20}\n")
-    assert free_memory() == 2 << 20
+    (tmp_path / "memory.current").write_text(f"{2 << 20}\n")
+    (tmp_path / "memory.stat").write_text(
+        f"anon 7\nactive_file {1 << 19}\ninactive_file {1 << 19}\n"
+    )
+    assert free_memory() == 2 << 20, "1 MiB that nobody has, and 1 MiB of cached files"
     (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory() == 4 << 20
+    older = {"limit_in_bytes": 5 << 19, "usage_in_bytes": 2 << 20}
+    older["stat"] = f"active_file 1\ntotal_active_file {1 << 18}\ntotal_inactive_file {1 << 18}"
+    (tmp_path / "memory").mkdir()
+    for name, value in older.items():
+        (tmp_path / f"memory/memory.{name}").write_text(f"{value}\n")
+    assert free_memory() == 1 << 20
+    (tmp_path / "memory/memory.limit_in_bytes").write_text(f"{1 << 63}\n")  # none
     assert free_memory() == 4 << 20
     check_fits(1 << 20, "a network")
     with pytest.raises(UserError, match=r"a network: .* \(1 float32 copy\), but .* are free"):

@@ -9,6 +9,7 @@ compute/accelerator/README.md, table of bf16 by PyTorch 2.6 and 2.7 (cuBLAS, the
 of 989 TFLOP/s, A100 SXM 271.2 of 312, GH200 with HBM3e (the H200's chip) 828.6 of 989.
 """
 
+import re
 from dataclasses import dataclass
 
 from base.errors import UserError
@@ -48,9 +49,15 @@ GPUS = {
 }
 
 
+# behind a name: cards of other rates, and parts of a card
+OTHER_CARD = r"(?! (?:NVL|PCIe|Ti|D|Laptop)\b)(?!.* MIG )"
+
+
 def gpu_by_device_name(name: str) -> Gpu | None:
-    """The card of torch.cuda.get_device_name's answer, or None where the table has none."""
-    return next((gpu for gpu in GPUS.values() if gpu.name in name), None)
+    """The card of torch.cuda.get_device_name's answer, or None where the table has none: an A10G is
+    no A10. A GH200 has the chip of an H200."""
+    cards = GPUS.values()
+    return next((gpu for gpu in cards if re.search(rf"\bG?{gpu.name}\b{OTHER_CARD}", name)), None)
 
 
 def parse_gpu(text: str) -> Gpu:

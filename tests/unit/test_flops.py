@@ -55,9 +55,22 @@ def test_efficientnet_b0_as_published():
 def test_gpus_by_name():
     assert gpu_by_device_name("NVIDIA H100 80GB HBM3") is GPUS["h100"]
     assert gpu_by_device_name("NVIDIA A100-SXM4-80GB") is GPUS["a100"]
-    assert gpu_by_device_name("NVIDIA A10G") is GPUS["a10"]
-    assert gpu_by_device_name("Nobody's card") is None
+    assert gpu_by_device_name("NVIDIA A100 80GB PCIe") is GPUS["a100"]
+    assert gpu_by_device_name("NVIDIA GH200 480GB") is GPUS["h200"]
+    assert gpu_by_device_name("Tesla T4") is GPUS["t4"]
+    assert gpu_by_device_name("NVIDIA GeForce RTX 4090") is GPUS["rtx4090"]
     assert parse_gpu("RTX 4090") is GPUS["rtx4090"]
+
+
+OTHERS = ["Nobody's card", "NVIDIA A10G", "NVIDIA RTX A1000", "NVIDIA T400 4GB", "NVIDIA H100 PCIe"]
+OTHERS += ["NVIDIA H100 NVL", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4090 Laptop GPU"]
+OTHERS += ["NVIDIA A100-SXM4-40GB MIG 3g.20gb"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_card_of_other_rates_is_unknown(name):
+    """Its MFU would be wrong; --peak_tflops tells the peak."""
+    assert gpu_by_device_name(name) is None
 
 
 def test_a_gpu_by_its_figures():

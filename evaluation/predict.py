@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from base.bars import progress_bar
 from base.distributed import World, gather_objects, gather_parts
 from base.errors import UserError
 from base.heartbeat import beat
@@ -72,9 +73,7 @@ def progress(items: Iterable, name: str, world: World, total: int | None = None)
     """The items, each a sign of life, with a bar on the first process; total: how many, where they
     do not tell."""
     if world.is_main:
-        from tqdm import tqdm
-
-        items = tqdm(items, name, total, leave=False, dynamic_ncols=True, unit="batch")
+        items = progress_bar(items, desc=name, total=total, leave=False, unit="batch")
     for item in items:
         beat(f"in validation ({name})")
         yield item

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from base import distributed
+from base.bars import progress_bar
 from base.distributed import World
 from base.errors import UserError
 from base.reading import parse_json
@@ -158,13 +159,11 @@ class RunLog:
             print(f"  {name.replace('_', ' '):<{width}}  {value}")
         sys.stdout.flush()
 
-    def progress(self, total: int, done: int, unit: str = "step") -> None:
+    def progress(self, total: int, done: int) -> None:
         """Start the progress bar of the training loop."""
         if not self.main:
             return
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, mininterval=1.0)
+        self.bar = progress_bar(total=total, initial=done, unit="step")
 
     def tick(self) -> None:
         if self.bar is not None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import default_collate
-from tqdm import tqdm
 
 from base import distributed
 from base.arrays import map_array, reserve_array
+from base.bars import progress_bar
 from base.caches import image_state, one_builder, weights_digest
 from base.distributed import ALONE, World
 from base.errors import BadSample, UserError
@@ -271,7 +271,7 @@ def _fill_codes(
     load = _TokenImage(records, build).load
     images = EvalLoader(load, wanted, batch_size=size, collate=torch.stack, workers=workers)
     unsaved = []
-    bar = tqdm(images, "visual codes", unit="batch", disable=not world.is_main)
+    bar = progress_bar(images, desc="visual codes", unit="batch", disable=not world.is_main)
     for batch, part, image in zip(own, rows, bar, strict=True):
         found = image_tokenizer.codes(image.to(world.device)).flatten(1).cpu().numpy()
         codes[part.start : part.stop] = found

@@ -1,11 +1,14 @@
 """Meters, FLOP counts and the log file."""
 
+import io
 import json
 import shutil
+import sys
 
 import torch
 from torch import nn
 
+from base.bars import progress_bar
 from base.distributed import World
 from runtime.flops import peak_flops, training_flops
 from runtime.log import Meters, RunLog, Stopwatch, keep_before
@@ -54,6 +57,16 @@ def test_a_log_whose_folder_was_removed_goes_on_in_a_new_file(tmp_path, capsys):
     lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2]
     assert "log.jsonl was removed" in capsys.readouterr().out
+
+
+def test_a_bar_is_drawn_seldom_where_it_goes_to_a_file(monkeypatch):
+    """A job's log file would grow by ten lines a second."""
+    for on_terminal in (True, False):
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_one=on_terminal: is_one)
+        with progress_bar(total=3) as bar:
+            pauses = (bar.mininterval, bar.maxinterval)
+        assert pauses == ((1, 10) if on_terminal else (30, 30))
 
 
 def test_tensorboard_events_are_written(tmp_path):

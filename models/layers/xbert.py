@@ -71,12 +71,12 @@ class BertConfig:
     def from_json(cls, bert_json: dict) -> "BertConfig":
         """From an original BERT JSON: `add_cross_attention: true` = single-stream, `fusion_layer:
         k` = two-stage."""
-        known = {f.name for f in fields(cls)}
         for name, limit in LIMITS.items():
             value = bert_json.get(name, 1)
             if not isinstance(value, int) or not 1 <= value <= limit:
                 raise UserError(f"{name} {brief(value)} in the BERT JSON: expected 1 to {limit:,}")
-        config = cls(**{name: value for name, value in bert_json.items() if name in known})
+        ours = {f.name for f in fields(cls)}
+        config = cls(**{name: value for name, value in bert_json.items() if name in ours})
         if "single_stream" not in bert_json:
             if not bert_json.get("add_cross_attention") and "fusion_layer" not in bert_json:
                 raise UserError(
@@ -84,10 +84,11 @@ class BertConfig:
                     "(ALBEF)"
                 )
             config.single_stream = "fusion_layer" not in bert_json
-        if bert_json.get("hidden_act", "gelu") != "gelu":
-            raise UserError(
-                f"hidden_act {bert_json['hidden_act']!r} in the BERT JSON: only gelu is implemented"
-            )
+        for name, known in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+            if (value := bert_json.get(name, known)) != known:
+                raise UserError(
+                    f"{name} {brief(value)} in the BERT JSON: only {known} is implemented"
+                )
         return config
 
 

@@ -342,7 +342,7 @@ def bert_weights(state: State, head: bool) -> dict[str, Tensor]:
 
     Takes keys with or without `bert.`, LayerNorm's old `gamma`/`beta`, and files without the tied
     `decoder` entries; drops the pooler and the next-sentence head. Raises `UserError` where there
-    are no word embeddings.
+    are no word embeddings or, as in DistilBERT, no layers of these names.
     """
     body = {}
     words = {}
@@ -353,8 +353,9 @@ def bert_weights(state: State, head: bool) -> dict[str, Tensor]:
             words[key] = value
         elif key.removeprefix("bert.").startswith(("embeddings.", "encoder.")):
             body[key.removeprefix("bert.")] = value
-    if "embeddings.word_embeddings.weight" not in body:
-        raise UserError(f"not the weights of a BERT: no word embeddings among {some(list(state))}")
+    if "embeddings.word_embeddings.weight" not in body or not depth(body, "encoder"):
+        keys = some(list(state))
+        raise UserError(f"not the weights of a BERT: no word embeddings and layers among {keys}")
     if not head:
         return body
     if "cls.predictions.bias" in words:

@@ -277,6 +277,14 @@ def test_bert_in_every_spelling(old_names, prefix, capsys):
         load_bert(lm, state)
 
 
+def test_layers_of_other_names_are_no_berts():
+    """DistilBERT's: without them every layer would stay random."""
+    state = hf_bert(False, "")
+    distilled = {k.replace("encoder.layer", "transformer.layer"): v for k, v in state.items()}
+    with pytest.raises(UserError, match="no word embeddings and layers"):
+        load_bert(XBert(BertConfig(**BERT)), distilled)
+
+
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_bert_folder(tmp_path, form):
     state = {key: value.contiguous() for key, value in hf_bert(False, "bert.").items()}

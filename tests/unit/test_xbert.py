@@ -217,6 +217,8 @@ def test_geometry_from_the_originals_json():
         BertConfig.from_json({"hidden_size": 768})
     with pytest.raises(UserError, match="gelu"):
         BertConfig.from_json({"fusion_layer": 6, "hidden_act": "relu"})
+    with pytest.raises(UserError, match="only absolute is implemented"):
+        BertConfig.from_json({"fusion_layer": 6, "position_embedding_type": "relative_key"})
     with pytest.raises(UserError, match="single-stream"):
         XBert(tiny(fusion_layer=1))
     with pytest.raises(UserError, match="max_position_embeddings"):

@@ -361,7 +361,8 @@ def check_open_clip_heads(settings: Mapping[str, Any], shape: OpenAIConfig) -> N
             f"open_clip_config.json: a text transformer of width {width} with {given} heads is not "
             f"supported; {OPEN_CLIP_FOLDER}"
         )
-    width, given = shape.vision_width, settings.get("vision_cfg", {}).get("head_width")
+    vision = settings.get("vision_cfg")
+    width, given = shape.vision_width, vision.get("head_width", 64) if vision else None
     if given and not shape.is_resnet and given * shape.vision_heads != width:
         raise UserError(
             f"open_clip_config.json: a vision transformer of width {width} with heads of {given} is "

@@ -249,7 +249,9 @@ def open_clip_config(model: nn.Module) -> dict:
     if isinstance(model, OpenAICLIP):
         layers = list(config.vision_layers) if config.is_resnet else config.vision_layers
         vision = {"image_size": config.image_size, "layers": layers, "width": config.vision_width}
-        vision |= {} if config.is_resnet else {"patch_size": config.patch_size}
+        if not config.is_resnet:
+            vision["patch_size"] = config.patch_size
+            vision["head_width"] = config.vision_width // config.vision_heads
         return {"embed_dim": config.embed_dim, **activation, "vision_cfg": vision, "text_cfg": text}
     backbone = config.model.split("_")[1]
     if backbone not in TIMM_NAMES or (config.model.count("_") == 1 and backbone == "VITS16"):

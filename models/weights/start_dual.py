@@ -15,9 +15,10 @@ import torch
 
 from base.distributed import say
 from base.errors import UserError
-from base.pixels import OPENAI, processor_statistics
+from base.pixels import IMAGENET, OPENAI, RGB, processor_statistics
 from base.torch_files import unwrap_names
 from models.dual_encoder.base import NOT_LOADED, DualEncoder
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.library import LibraryCLIP
 from models.dual_encoder.openai import OpenAICLIP
 from models.layers.library_towers import TimmTower
@@ -27,7 +28,9 @@ from models.weights.align import check_described
 from models.weights.any_dual_encoder import (
     check_clip_described,
     check_open_clip_heads,
+    check_timm_pool,
     clip_activation,
+    text_heads,
 )
 from models.weights.clip import (
     NOT_WEIGHTS,
@@ -90,25 +93,48 @@ def load_any_layout(
         settings = about.get("open_clip_config.json", {}).get("model_cfg", {})
         check_open_clip(settings, {})
         check_open_clip_heads(settings, openai_config(plain))
-        check_pixels(about, evaluates)
+        check_pixels(about, OPENAI, evaluates)
         return load_openai_names(model, plain)
     of_timm = any(name.startswith("visual.trunk.") for name in state)
     if of_timm and not isinstance(model.visual, TimmTower):
+        check_beside_timm(about.get("open_clip_config.json", {}).get("model_cfg", {}), model.config)
+        check_pixels(about, IMAGENET, evaluates)
         return load_timm_open_clip(model, state)
     load_checkpoint(model, state, allowed_unexpected=NOT_LOADED)
     return None
 
 
-def check_pixels(about: Mapping[str, Any], evaluates: bool) -> None:
-    """Say where the files beside OpenAI's layout state another mean and std of the pixels than
-    OpenAI's, by which main.py normalises; UserError if it `evaluates`."""
+def check_beside_timm(settings: Mapping[str, Any], ours: DualConfig) -> None:
+    """UserError where open_clip_config.json (model_cfg) describes another network on a timm tower than
+    `ours`, whose weights have the same shapes."""
+    if not settings:
+        return
+    check_open_clip(settings, {})
+    check_timm_pool(settings, ours.model.split("_")[1])
+    trained = {
+        "text_activation": "quick_gelu" if settings.get("quick_gelu") else "gelu",
+        "text_heads": text_heads(settings),
+    }
+    for name, value in trained.items():
+        if value not in (None, getattr(ours, name)):
+            option = f"--{name.replace('_', '-')} {value}"
+            raise UserError(
+                f"open_clip_config.json: these weights are of {name} {value}: add {option}"
+            )
+
+
+def check_pixels(about: Mapping[str, Any], ours: tuple[RGB, RGB], evaluates: bool) -> None:
+    """Say where the files beside the weights state another mean and std of the pixels than `ours`, by
+    which main.py normalises; UserError if it `evaluates`."""
     given = processor_statistics(about.get("preprocessor_config.json", {}))
     stated = about.get("open_clip_config.json", {}).get("preprocess_cfg", {})
     if stated.get("mean") and stated.get("std"):
         given = tuple(stated["mean"]), tuple(stated["std"])
-    if given is None or torch.allclose(torch.tensor(given), torch.tensor(OPENAI), atol=1e-3):
+    if given is None or torch.allclose(torch.tensor(given), torch.tensor(ours), atol=1e-3):
         return
-    what = f"these weights know pixels of mean {given[0]} and std {given[1]}, not OpenAI's"
+    what = (
+        f"these weights know pixels of mean {given[0]} and std {given[1]}, not {ours[0]}, {ours[1]}"
+    )
     if evaluates:
         raise UserError(f"{what}: evaluate them with eval_zeroshot.py")
     say(f"note: {what}, by which images are normalised here")

@@ -17,6 +17,7 @@ from models.dual_encoder.openai import OpenAICLIP
 from models.layers.clip_towers import TextShape
 from models.layers.openai_towers import OpenAIConfig
 from models.weights import clip as adapters
+from models.weights.any_dual_encoder import check_open_clip_heads
 from models.weights.torchscript import is_jit_archive, jit_state_dict
 from tests.helpers.clip_toys import toy, toy_batch
 
@@ -117,6 +118,17 @@ def compare_with_open_clip(ours, theirs, vocab_size=49408, side=224):
         torch.testing.assert_close(ours.embed_image(image)["z"], expected, rtol=1e-5, atol=1e-5)
         expected = theirs.encode_text(text)
         torch.testing.assert_close(ours.embed_text(text)["z"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_heads_of_open_clips_vit_h_are_stated():
+    """80 wide; open_clip takes 64 where its configuration says nothing."""
+    with torch.device("meta"):
+        model = OpenAICLIP(OpenAIConfig(vision_width=1280, vision_layers=1))
+    settings = adapters.open_clip_config(model)
+    check_open_clip_heads(settings, model.config)
+    assert settings["vision_cfg"].pop("head_width") == 80
+    with pytest.raises(UserError, match="width 1280 with heads of 64"):
+        check_open_clip_heads(settings, model.config)
 
 
 def test_open_clips_own_vit():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from base.errors import UserError
+from base.pixels import IMAGENET
 from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual, openai_shape, parts_of
 from models.dual_encoder.openai import OpenAICLIP
@@ -143,6 +144,28 @@ def test_open_clips_timm_towers_start_ours():
     ours = toy("CLIP_RT_CLIP", seed=1)
     load_any_layout(ours, clip.to_open_clip(theirs), {})
     assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        ("model_cfg", "quick_gelu", False, "add --text-activation gelu"),
+        ("text_cfg", "heads", 1, "add --text-heads 1"),
+        ("text_cfg", "no_causal_mask", True, "no_causal_mask is True"),
+        ("vision_cfg", "timm_pool", "token", "timm_pool is 'token'"),
+        ("preprocess_cfg", "mean", (0.5, 0.5, 0.5), "mean .0.5, 0.5, 0.5.*eval_zeroshot.py"),
+    ],
+)
+def test_what_lies_beside_a_timm_tower_is_computed_or_refused(part, name, value, message, capsys):
+    theirs = toy("CLIP_RT_CLIP", visual=None)
+    state, settings = clip.to_open_clip(theirs), clip.open_clip_config(theirs)
+    pixels = dict(zip(("mean", "std"), IMAGENET, strict=True))
+    about = {"open_clip_config.json": {"model_cfg": settings, "preprocess_cfg": pixels}}
+    load_any_layout(toy("CLIP_RT_CLIP", visual=None), state, about, evaluates=True)
+    assert not capsys.readouterr().out
+    {"model_cfg": settings, "preprocess_cfg": pixels, **settings}[part][name] = value
+    with pytest.raises(UserError, match=message):
+        load_any_layout(toy("CLIP_RT_CLIP", visual=None), state, about, evaluates=True)
 
 
 def test_our_own_files_start_as_before():

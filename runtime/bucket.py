@@ -200,9 +200,10 @@ class Lease:
 
 def is_alive(found: dict, bucket: Bucket) -> bool:
     """Whether the run that wrote a lease still runs. That of another machine is watched for two
-    pulses: clocks differ."""
-    if found.get("host") == socket.gethostname() and isinstance(found.get("pid"), int):
-        return started(found["pid"]) == found.get("started")
+    pulses: clocks differ. So is one here where nothing tells when processes began (macOS)."""
+    here = found.get("host") == socket.gethostname() and isinstance(found.get("pid"), int)
+    if here and found.get("started"):
+        return started(found["pid"]) == found["started"]
     end = time.monotonic() + 2 * PULSE
     print(f"{bucket.url}: looking for {2 * PULSE:g} s whether a run still writes there", flush=True)
     while time.monotonic() < end:

@@ -277,6 +277,13 @@ def test_a_run_whose_lease_was_taken_writes_no_more(tmp_path, store, capsys):
     assert "another run has taken the bucket" in capsys.readouterr().err
 
 
+def test_a_dead_run_is_watched_where_no_process_tells_when_it_began(monkeypatch):
+    """On macOS every lease that was not given back refused all later runs."""
+    monkeypatch.setattr(bucket, "started", lambda _: None)
+    Bucket(URL).write(LEASE, lease_of(pid=2**22 + 1))
+    Lease(Bucket(URL)).take()
+
+
 def test_a_lease_that_another_run_took_stays_its_own():
     lease = Lease(Bucket(URL))
     lease.take()

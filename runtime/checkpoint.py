@@ -107,10 +107,15 @@ class CheckpointFolder:
         self._prune(step)
         return path
 
+    def at(self, step: int) -> Path | None:
+        """The numbered checkpoint of a step."""
+        return next((path for path in self.numbered() if _step_of(path) == step), None)
+
     def make_best(self, step: int) -> None:
-        """Give the checkpoint of a step the second name `checkpoint_best.pt` or `checkpoint_best`,
-        which is never pruned: a hard link to the file, a symbolic link to the folder."""
-        path = next(path for path in self.numbered() if _step_of(path) == step)
+        """Give the checkpoint of a step, which is there, the second name `checkpoint_best.pt` or
+        `checkpoint_best`, which is never pruned: a hard link to the file, a symbolic link to the folder.
+        """
+        path = self.at(step)
         name = self.folder / f"checkpoint_best{path.suffix}"
         if path.is_dir():
             self._link_folder(path, name)

@@ -506,6 +506,9 @@ class Run:
         self.scores[step] = score
         is_best = score > self.best
         if is_best:
+            if not distributed.on_main(lambda: self.checkpoints.at(step)):  # removed meanwhile
+                self.save(step)
+                self.saver.wait()
             distributed.on_main(lambda: self.checkpoints.make_best(step), share=False)
         self.best = max(self.best, score)
         verdict = "best so far" if is_best else f"best so far: {self.best:.4g}"

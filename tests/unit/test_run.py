@@ -952,6 +952,20 @@ def test_a_folder_that_is_removed_under_way_is_locked_again(second, tmp_path):
         tried[0].communicate("", timeout=20)
 
 
+@both_kinds
+def test_a_checkpoint_that_is_removed_in_its_validation_is_saved_again(kind, tmp_path):
+    class Scores(list):
+        def __getitem__(self, step):
+            if step == 1:
+                shutil.rmtree(tmp_path / "run")
+            return super().__getitem__(step)
+
+    config = options(tmp_path / "run", async_save=False)  # a write under way would fail
+    run, checkpoint = train(config, Scores([0.1, 0.4, 0.2, 0.3]))
+    assert run.step == TOTAL and best_step(tmp_path / "run") == 2
+    assert checkpoint == saved(tmp_path / "run", "best") and validated(tmp_path / "run")[-1] == 4
+
+
 def test_a_file_system_without_locks_is_no_second_run(tmp_path, monkeypatch, capsys):
     """Lustre has none unless it is mounted with them."""
 

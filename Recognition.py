@@ -47,10 +47,11 @@ from models.layers.batchnorm import synchronise_batch_norm
 from models.recognition.decoding import Decoding, Drafts
 from models.recognition.labeller import Labeller
 from models.recognition.nxtp import Nxtp
-from models.weights.build_nxtp import Networks, read_clip
+from models.weights.build_nxtp import Networks
 from models.weights.nxtp import choose_parameters
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
+from runtime.config.from_checkpoint import description_of
 from runtime.config.nxtp import RecognitionData, fill_network
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
@@ -106,7 +107,7 @@ def check(config: Config, world: World) -> None:
 def build_model(config: Config, tokenizer: PieceTokenizer, world: World) -> Nxtp:
     """The network on the CPU: of `--checkpoint`, of CLIP and LLaMA, or random."""
     checkpoint = read_weights(config.checkpoint) if config.checkpoint else None
-    clip = read_clip(config.clip, checkpoint, read_weights)
+    clip = config.network.read_clip(config.clip, checkpoint, read_weights, description_of)
     part = (world.rank, world.size) if config.tensor_parallel else None
     return config.network.build(tokenizer, clip, config.llama, checkpoint, part, read_weights)
 
@@ -234,8 +235,7 @@ def main(config: Config) -> None:
         model = build_model(config, tokenizer, world)
         if "test" in splits:
             splits.pop("val", None)  # scored in training
-    metrics = {}
-    sections = []
+    metrics, sections = {}, []
     for split, data in splits.items():
         found = evaluate(model.to(world.device), data, tokenizer, config, world, precision)
         metrics[split] = label_metrics(found, data.references, encoder)

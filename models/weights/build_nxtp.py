@@ -1,9 +1,10 @@
 """NXTP's network from whatever there is: a checkpoint, CLIP and LLaMA, one of them, or nothing but
 sizes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -11,10 +12,14 @@ from base.errors import UserError
 from base.knobs import check_choices, knob
 from base.limits import BLOCKS, SIDE, WIDTH
 from base.memory import check_fits, parameter_count
+from base.pixels import OPENAI
 from base.torch_files import unwrap_names
+from models.layers.clip_towers import ACTIVATIONS
 from models.layers.llama import LlamaConfig, own_part
 from models.layers.openai_towers import OpenAIConfig
 from models.recognition.nxtp import Nxtp, NxtpConfig
+from models.weights.any_dual_encoder import clip_activation
+from models.weights.clip import stated_activation
 from models.weights.llama import cut, read_llama
 from models.weights.loading import load_checkpoint
 from models.weights.nxtp import (
@@ -27,7 +32,8 @@ from models.weights.nxtp import (
     vision_config,
     vision_state,
 )
-from models.weights.torchscript import is_jit_archive, jit_state_dict
+from models.weights.start_dual import check_pixels
+from models.weights.torchscript import weights_and_about
 
 State = dict[str, Tensor]
 
@@ -77,6 +83,12 @@ class Networks:
         rare=True,
         low=0,
     )
+    vision_activation: str | None = knob(
+        None,
+        "of CLIP's tower; none = as the files beside its weights say, else quick_gelu",
+        choices=(*ACTIVATIONS,),
+        rare=True,
+    )
     prefix_image: bool = knob(
         True, "image tokens see one another, else only those before them", rare=True
     )
@@ -98,6 +110,29 @@ class Networks:
         for name, blocks in (("vision", self.vision[1]), ("decoder", self.decoder[1])):
             if blocks > BLOCKS:
                 raise UserError(f"{name}: {blocks:,} blocks are more than {BLOCKS}")
+
+    def read_clip(
+        self,
+        path: Path | None,
+        checkpoint: State | None,
+        read_weights: Callable[[Path], State],
+        describe: Callable[[Path], Mapping[str, Any]],
+    ) -> State | None:
+        """The weights of CLIP in OpenAI's TorchScript archive or another file, whose activation is
+        that of the tower; None where no file is named, and where the checkpoint has the image tower:
+        then the file need not be there. read_weights, describe: see `start_dual`. UserError."""
+        if path is None or (checkpoint and has_tower(unwrap_names(checkpoint))):
+            return None
+        weights, about = weights_and_about(path, read_weights, describe)
+        stated = stated_activation(weights, about) or clip_activation(about.get("config.json", {}))
+        if stated and self.vision_activation not in (None, stated):
+            raise UserError(
+                f"vision_activation {self.vision_activation}: {path} was trained with {stated}; leave "
+                "it out"
+            )
+        self.vision_activation = self.vision_activation or stated
+        check_pixels(about, OPENAI, evaluates=False)
+        return weights
 
     def build(
         self,
@@ -131,11 +166,14 @@ class Networks:
             missing: list[str] = []
         else:
             vision, decoder, state, missing = self._start(tokenizer, clip, llama)
+        activation = self.vision_activation or "quick_gelu"
+        vision = replace(vision, vision_activation=activation)
         if part is not None:
             decoder = replace(decoder, tensor_parallel=True)
             state = own_part(state, *part)
         self.decoder_heads = decoder.n_heads
         self.image_size = vision.image_size
+        self.vision_activation = activation
         self.norm_eps = decoder.norm_eps
         self.rope_theta = decoder.rope_theta
         self.rope_scaling = [*decoder.rope_scaling]
@@ -198,14 +236,3 @@ class Networks:
             rope_theta=self.rope_theta,
             rope_scaling=tuple(self.rope_scaling),
         )
-
-
-def read_clip(
-    path: Path | None, checkpoint: State | None, read_weights: Callable[[Path], State]
-) -> State | None:
-    """The weights of CLIP in OpenAI's TorchScript archive or another file; None where no file is
-    named, and where the checkpoint has the image tower: then the file need not be there."""
-    if path is None or (checkpoint and has_tower(unwrap_names(checkpoint))):
-        return None
-    archive = path.is_file() and is_jit_archive(path)
-    return jit_state_dict(path) if archive else read_weights(path)

@@ -25,7 +25,7 @@ from runtime.sharded import index_of
 # options of a run that name a file or folder its network needs
 FILES = ("text_encoder", "tokenizer", "llama", "bpe_path", "bert_config", "answer_list")
 # with another value of these every weight fits, and the network computes something else
-ARCHITECTURE = ("text_activation", "text_heads", "vision_heads")
+ARCHITECTURE = ("text_activation", "text_heads", "vision_activation", "vision_heads")
 ARCHITECTURE += ("decoder_heads", "norm_eps", "rope_theta", "rope_scaling", "prefix_image")
 IN_BERT = ("hidden_act", "layer_norm_eps", "num_attention_heads")
 

@@ -16,6 +16,7 @@ OF_CHECKPOINT = (
     "network.norm_eps",
     "network.rope_theta",
     "network.rope_scaling",
+    "network.vision_activation",
     "network.prefix_image",
     "network.image_tower",
     "network.image_size",

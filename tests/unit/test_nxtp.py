@@ -10,7 +10,8 @@ from base.errors import UserError
 from models.dual_encoder.openai import OpenAICLIP
 from models.layers.openai_towers import OpenAIConfig, TextShape
 from models.recognition.nxtp import IGNORED, NxtpConfig, among
-from models.weights.build_nxtp import Networks, read_clip
+from models.weights.build_nxtp import Networks
+from models.weights.clip import to_hugging_face
 from models.weights.loading import load_checkpoint
 from models.weights.nxtp import (
     decayed_names,
@@ -23,6 +24,16 @@ from runtime.optim.build import Optimizer, build_optimizer, parameter_groups
 from tests.helpers.tiny_nxtp import meta_folder, network
 
 PROMPT = [30, 1, 5, 6]
+
+
+CLIP_SIZES = {
+    "embed_dim": 16,
+    "image_size": 32,
+    "vision_width": 64,
+    "vision_layers": 2,
+    "patch_size": 8,
+    "text": TextShape(8, 30, 64, 1, 1),
+}
 
 
 class Tokens:
@@ -169,14 +180,7 @@ def test_trained_and_decayed_names():
 def clip_state(width: int = 64) -> dict[str, torch.Tensor]:
     """A tiny CLIP in OpenAI's layout."""
     torch.manual_seed(3)
-    sizes = {
-        "embed_dim": 16,
-        "image_size": 32,
-        "vision_width": width,
-        "vision_layers": 2,
-        "patch_size": 8,
-    }
-    return OpenAICLIP(OpenAIConfig(**sizes, text=TextShape(8, 30, 64, 1, 1))).state_dict()
+    return OpenAICLIP(OpenAIConfig(**CLIP_SIZES | {"vision_width": width})).state_dict()
 
 
 class TestWeights:
@@ -192,17 +196,8 @@ class TestWeights:
         assert len(model.language_decoder.layers) == 2
 
     def test_clip_of_hugging_face(self, tmp_path):
-        from models.weights.clip import to_hugging_face
-
         torch.manual_seed(3)
-        sizes = {
-            "embed_dim": 16,
-            "image_size": 32,
-            "vision_width": 64,
-            "vision_layers": 2,
-            "patch_size": 8,
-        }
-        theirs = OpenAICLIP(OpenAIConfig(**sizes, text=TextShape(8, 30, 64, 1, 1)))
+        theirs = OpenAICLIP(OpenAIConfig(**CLIP_SIZES))
         model = Networks(decoder=(32, 1)).build(Tokens(), to_hugging_face(theirs))
         ours, image = model.vision_encoder, torch.randn(1, 3, 32, 32)
         assert torch.equal(ours.tokens(image), theirs.visual.tokens(image))
@@ -212,11 +207,42 @@ class TestWeights:
         whole = Networks(decoder=(64, 1), vision=(64, 1, 14)).build(Tokens()).state_dict()
         published = {k: v for k, v in whole.items() if not k.startswith("vision_encoder.conv1")}
         read = []
+
+        def read_clip(path: Path | None, checkpoint: dict | None) -> dict | None:
+            return Networks().read_clip(
+                path, checkpoint, lambda p: read.append(p) or {}, lambda _: {}
+            )
+
+        file = Path()
         for checkpoint in (whole, {f"module.{name}": value for name, value in whole.items()}):
-            assert read_clip(Path("none.pt"), checkpoint, read.append) is None and not read
+            assert read_clip(file, checkpoint) is None and not read
         for checkpoint in (published, None):
-            read_clip(Path("none.pt"), checkpoint, read.append)
-        assert read == [Path("none.pt")] * 2 and read_clip(None, None, read.append) is None
+            read_clip(file, checkpoint)
+        assert read == [file] * 2 and read_clip(None, None) is None
+
+    def test_the_activation_of_clip_is_the_one_beside_its_weights(self, tmp_path, capsys):
+        """Of open_clip's gelu models and of transformers' folders; a run remembers it."""
+        theirs = OpenAICLIP(OpenAIConfig(**CLIP_SIZES, vision_activation="gelu"))
+        image = torch.randn(1, 3, 32, 32)
+        half = {"mean": [0.5] * 3, "std": [0.5] * 3}
+        of_open_clip = {"model_cfg": {}, "preprocess_cfg": half}
+        for layout in ("open_clip", "hf"):
+            about = {"open_clip_config.json": of_open_clip}
+            state = theirs.state_dict()
+            if layout == "hf":
+                about = {"config.json": {"text_config": {"hidden_act": "gelu"}}}
+                state = to_hugging_face(theirs)
+            networks = Networks(decoder=(32, 1))
+            clip = networks.read_clip(tmp_path, None, lambda _, s=state: s, lambda _, a=about: a)
+            tower = networks.build(Tokens(), clip).vision_encoder
+            assert torch.equal(tower.tokens(image), theirs.visual.tokens(image))
+            assert networks.vision_activation == "gelu"
+        assert capsys.readouterr().out.count("mean (0.5, 0.5, 0.5)") == 1
+        saved = networks.build(Tokens(), checkpoint=networks.build(Tokens(), clip).state_dict())
+        assert saved.config.vision.vision_activation == "gelu"
+        other = Networks(vision_activation="quick_gelu")
+        with pytest.raises(UserError, match="was trained with gelu"):
+            other.read_clip(tmp_path, None, lambda _: state, lambda _: about)
 
     def test_a_published_checkpoint_holds_trained_tensors_only(self):
         model = network()

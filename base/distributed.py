@@ -282,7 +282,8 @@ def gather(x: Tensor) -> Tensor:
     # the second is its name until torch 2.14
     collect = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     with entering("all_gather"):
-        collect(everyone, x.detach().contiguous())
+        # all processes, in so many words: torch 2.6 compiles it no otherwise
+        collect(everyone, x.detach().contiguous(), group=None)
     return everyone
 
 

@@ -7,7 +7,6 @@ Looking waits for nothing: neither for the device nor for other processes.
 import contextlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -59,19 +58,27 @@ def record_in(output_folder: str | Path) -> None:
         set_default("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", prefix)
 
 
-@contextlib.contextmanager
-def entering(name: str) -> Iterator[None]:
-    """Around a collective of our own."""
-    import torch  # by name alone: --help imports this module, and not torch
+class entering:
+    """Around a collective of our own. A class, for torch 2.6 breaks graphs at every context manager
+    that a generator makes."""
 
-    if torch.compiler.is_compiling():  # a count would be a new graph at every step
-        yield
-        return
-    OWN.name = name
-    OWN.waits = True
-    OWN.number += 1
-    yield
-    OWN.waits = False
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None:
+        import torch  # by name alone: --help imports this module, and not torch
+
+        if torch.compiler.is_compiling():  # a count would be a new graph at every step
+            return
+        OWN.name = self.name
+        OWN.waits = True
+        OWN.number += 1
+
+    def __exit__(self, error: type | None, *_) -> None:
+        import torch
+
+        if error is None and not torch.compiler.is_compiling():  # else it is in there still
+            OWN.waits = False
 
 
 def last_collective() -> LastCollective:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from base.errors import UserError, naming
 from base.pixels import OPENAI, RGB
@@ -22,7 +22,7 @@ from models.weights.libraries import library_encoder, timm_encoder
 from models.weights.loading import from_saved, load_checkpoint
 from models.weights.stated import check_stated
 from models.weights.vit import native
-from models.weights.vit_facts import OF_TRANSFORMERS, VitFacts
+from models.weights.vit_facts import OF_TRANSFORMERS, VitFacts, timm_described, timm_facts
 
 State = dict[str, Tensor]
 
@@ -67,25 +67,21 @@ def starting_vit(
     encoder = library_vit(str(source), read_weights)
     network = encoder.network
     if library == "timm":
-        found, exact = timm_facts(network)
+        found = timm_facts(network)
     else:
-        found = getattr(network.config, "num_attention_heads", None)
-        exact = getattr(network.config, "hidden_act", None) == "gelu"
-    if found is None:
-        raise UserError(f"vision_weights {source}: no vision transformer")
-    if not exact:
-        raise UserError(
-            f"vision_weights {source}: its activation is not this ViT's, the exact GELU"
-        )
-    check_heads(source, found, heads)
+        names = ("num_attention_heads", "hidden_act")
+        found = tuple(getattr(network.config, name, None) for name in names)
+    check_facts(source, *found, heads)
     state = deit_weights(native(network.state_dict()), grid)
     return fold_pixels(state, encoder.pixels.mean, encoder.pixels.std)
 
 
 def check_described(source: Path, about: Mapping[str, Any], heads: int) -> None:
-    """UserError where what lies in or beside the weights, of transformers or of a run of
+    """UserError where what lies in or beside the weights, of timm, transformers or a run of
     Classification.py, describes another ViT than ours of that many heads."""
     described = about.get("config.json", {})
+    if "architecture" in described:
+        check_facts(source, *timm_facts(timm_described(described)), heads)
     if described.get("model_type") in OF_TRANSFORMERS:
         computed = {"num_attention_heads": (heads,), "hidden_act": ("gelu",)}
         where = f"vision_weights {source}, config.json"
@@ -93,6 +89,18 @@ def check_described(source: Path, about: Mapping[str, Any], heads: int) -> None:
     network = about.get("network", {})
     if str(network.get("model", "")).startswith("vit-"):
         check_heads(source, from_saved(ClassifierConfig, network).vit.heads, heads)
+
+
+def check_facts(source: Path, found: int | None, activation: str | None, heads: int) -> None:
+    """UserError where a network of `found` heads (None: no ViT) and that activation is another than
+    ours."""
+    if found is None:
+        raise UserError(f"vision_weights {source}: no vision transformer")
+    if activation != "gelu":
+        raise UserError(
+            f"vision_weights {source}: its activation is not this ViT's, the exact GELU"
+        )
+    check_heads(source, found, heads)
 
 
 def check_heads(source: Path, found: int, heads: int) -> None:
@@ -112,20 +120,6 @@ def library_vit(source: str, read_weights: Callable[[Path], State]) -> ImageEnco
     weights = read_weights(Path(file)) if file else None
     any_view = VitFacts(resize=1)  # the images are those of the training
     return timm_encoder(name, weights, pretrained=not file, stated=any_view)
-
-
-def timm_facts(network: nn.Module) -> tuple[int | None, bool]:
-    """Attention heads of timm's ViT (None: it is none), and whether its activation is the exact
-    GELU."""
-    heads = None
-    exact = True
-    for module in network.modules():
-        if hasattr(module, "qkv"):
-            heads = module.num_heads
-        if hasattr(module, "fc1"):
-            activation = module.act
-            exact = isinstance(activation, nn.GELU) and activation.approximate == "none" and exact
-    return heads, exact
 
 
 def fold_pixels(state: State, mean: RGB, std: RGB) -> State:

@@ -9,8 +9,12 @@ the weights or known from the layout of one maker; what is still unknown is aske
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
+from torch import nn
+
 from base.distributed import say
 from base.errors import UserError, brief
+from base.libraries import timm_network
 from base.pixels import HALF, IMAGENET, RESAMPLING, RGB, STATISTICS, Pixels, processor_statistics
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from models.weights.loading import Differences, State
@@ -135,12 +139,16 @@ def load_agreeing(
 
 
 def check_heads(about: Mapping[str, Any], network: ClassifierConfig) -> None:
-    """UserError where transformers' config.json states other attention heads than ours has."""
-    heads = about.get("config.json", {}).get("num_attention_heads", network.vit.heads)
+    """UserError where timm's or transformers' config.json states other attention heads than ours
+    has."""
+    described = about.get("config.json", {})
+    heads, remedy = described.get("num_attention_heads", network.vit.heads), "hf/FOLDER"
+    if "architecture" in described:
+        heads, remedy = timm_facts(timm_described(described))[0], "timm/NAME"
     if heads != network.vit.heads:
         raise UserError(
-            f"config.json: {heads} attention heads, but {network.model} has {network.vit.heads}; "
-            "evaluate the folder by eval_knn.py --model hf/FOLDER"
+            f"config.json: {heads or 'no'} attention heads, but {network.model} has "
+            f"{network.vit.heads}; evaluate it by eval_knn.py --model {remedy}"
         )
 
 
@@ -192,8 +200,40 @@ def is_dinov2(weights: State) -> bool:
     return {"mask_token", "blocks.0.ls1.gamma", "patch_embed.proj.weight"} <= weights.keys()
 
 
+def timm_described(described: Mapping[str, Any]) -> nn.Module:
+    """The network of timm's config.json, without weights (meta device). UserError."""
+    with torch.device("meta"):
+        return timm_network(described["architecture"], **described.get("model_args", {}))
+
+
+def timm_facts(network: nn.Module) -> tuple[int | None, str | None]:
+    """Attention heads of timm's ViT (None: it is none), and its activation: `gelu`, `gelu_tanh` or
+    that of another class."""
+    heads = activation = None
+    for module in network.modules():
+        if hasattr(module, "qkv"):
+            heads = module.num_heads
+        if hasattr(module, "fc1"):
+            activation = type(module.act).__name__
+            if isinstance(module.act, nn.GELU):
+                activation = "gelu" if module.act.approximate == "none" else "gelu_tanh"
+    return heads, {"GELUTanh": "gelu_tanh"}.get(activation, activation)
+
+
+def _of_timm(described: Mapping[str, Any]) -> VitFacts:
+    """Facts of timm's config.json: of its network, and of the pixels of its weights."""
+    network = timm_described(described)
+    look = described.get("pretrained_cfg", {})
+    mean, std = (tuple(look[name]) if look.get(name) else None for name in ("mean", "std"))
+    eps = getattr(getattr(network, "norm", None), "eps", None)
+    return VitFacts(mean, std, timm_facts(network)[1], eps, look.get("interpolation"))
+
+
 def _of_config(described: Mapping[str, Any]) -> VitFacts:
-    """Facts of transformers' config.json; what it leaves out is at the library's default."""
+    """Facts of timm's or transformers' config.json; what it leaves out is at the library's
+    default."""
+    if "architecture" in described:
+        return _of_timm(described)
     if described.get("model_type") not in OF_TRANSFORMERS:
         return VitFacts()
     activation = described.get("hidden_act", "gelu")

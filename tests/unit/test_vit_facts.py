@@ -234,6 +234,32 @@ def test_classification_says_where_its_options_differ_from_the_weights(capsys):
         load_agreeing(model, weights, {"config.json": {"num_attention_heads": 6}}, strict=False)
 
 
+def test_timms_own_file_tells_classification_and_pretraining(capsys):
+    """Beside weights in the layout that ours has: GELU, pixels and heads are those of the file."""
+    from models.classification.classifier import ClassifierConfig, VisionClassifier
+    from models.weights.starting_vit import check_described
+    from models.weights.vit_facts import load_agreeing
+
+    sizes = {"model": "vit-ti/16", "image_size": 32, "num_classes": 3}
+    model = VisionClassifier(ClassifierConfig(**sizes))
+    look = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    described = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": look}
+    weights, about = network().state_dict(), {"config.json": described}
+    with pytest.raises(UserError, match="add --gelu none --pixels imagenet"):
+        load_agreeing(model, weights, about, strict=True)
+    check_described("vit", about, 3)
+    with pytest.raises(UserError, match="3 attention heads; set vision_heads"):
+        check_described("vit", about, 2)
+    described["model_args"] = {"act_layer": "gelu_tanh", "num_heads": 6}
+    with pytest.raises(UserError, match="6 attention heads, but vit-ti/16 has 3"):
+        load_agreeing(model, weights, about, strict=False)
+    with pytest.raises(UserError, match="its activation is not this ViT's"):
+        check_described("vit", about, 6)
+    described["model_args"] = {"act_layer": "gelu_tanh"}
+    load_agreeing(model, weights, about, strict=False)
+    assert "trained with --pixels imagenet" in capsys.readouterr().out
+
+
 def test_the_vision_transformer_of_a_run_of_simla_has_its_heads(tmp_path, capsys):
     """As the run's configuration says, in its checkpoint and beside what is exported of it: four
     of 6, not one of 24."""

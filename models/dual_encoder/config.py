@@ -14,6 +14,7 @@ from base.limits import BLOCKS, CLASSES, SIDE, WIDTH
 from models.layers.clip_towers import TextNoise, TextShape
 
 PROJECTORS = ("linear", "mlp")
+OWN_TEXTS = "CLIP CL2L SLIP"  # methods that shape the text transformer; others' is published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +31,26 @@ class TextTowerOptions:
         high=CLASSES,
         rare=True,
     )
-    text_width: int = knob(512, "width of the text transformer", low=1, high=WIDTH)
-    text_heads: int = knob(
-        8, "attention heads of the text transformer", low=1, high=WIDTH, rare=True
+    text_width: int = knob(
+        512, "width of the text transformer", methods=OWN_TEXTS, low=1, high=WIDTH
     )
-    transformer_layers: int = knob(12, "blocks of the text transformer", low=1, high=BLOCKS)
+    text_heads: int = knob(
+        8,
+        "attention heads of the text transformer",
+        methods=OWN_TEXTS,
+        low=1,
+        high=WIDTH,
+        rare=True,
+    )
+    transformer_layers: int = knob(
+        12, "blocks of the text transformer", methods=OWN_TEXTS, low=1, high=BLOCKS
+    )
     text_activation: str = knob(
-        "quick_gelu", "of the text transformer", choices=("quick_gelu", "gelu"), rare=True
+        "quick_gelu",
+        "of the text transformer",
+        methods=OWN_TEXTS,
+        choices=("quick_gelu", "gelu"),
+        rare=True,
     )
 
 
@@ -175,15 +189,33 @@ class DualConfig(
         methods="CLIP SIGLIP",
         rare=True,
     )
-    embed_dim: int = knob(256, "width of the common space of images and texts", low=1, high=WIDTH)
+    embed_dim: int = knob(
+        256,
+        "width of the common space of images and texts",
+        methods="CLIP CL2L SLIP ALIGN",
+        low=1,
+        high=WIDTH,
+    )
     clip_proj_type: str = knob(
-        "linear", "projectors of global views", choices=PROJECTORS, rare=True
+        "linear",
+        "projectors of global views",
+        methods="CLIP CL2L",
+        choices=PROJECTORS,
+        rare=True,
     )
     clip_hidden_dim: int = knob(
-        4096, "hidden width of mlp projectors of global views", low=1, high=WIDTH, rare=True
+        4096,
+        "hidden width of mlp projectors of global views",
+        methods="CLIP CL2L",
+        low=1,
+        high=WIDTH,
+        rare=True,
     )
     detach_proj: bool = knob(
-        False, "no gradient from the global text projector into the text tower", rare=True
+        False,
+        "no gradient from the global text projector into the text tower",
+        methods="CLIP CL2L",
+        rare=True,
     )
     loss_avg_or_sum: str = knob(
         "avg",

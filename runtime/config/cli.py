@@ -20,6 +20,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,6 +75,7 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | No
 
         options = cls.OF_CHECKPOINT
         from_checkpoint.take_from_checkpoint(config, options=options, none_is_open=False)
+    draft.ignored.update(of_other_methods(draft, config))
     if launched_rank() == "0":
         for note in dict.fromkeys(draft.notes):
             print("note:", note, flush=True)
@@ -151,20 +153,35 @@ def leave_out_unnamed_splits(draft: Draft) -> None:
             draft.notes.append(f"{path} of the recipe is not read: {why}")
 
 
+def is_used(option: Option, chosen: Sequence[str]) -> bool:
+    """Whether the method that the values `chosen` name uses an option."""
+    method = {*chosen, *"_".join(chosen).split("_")}
+    return not option.methods or bool(method.intersection(option.methods.split()))
+
+
+def of_other_methods(draft: Draft, config: Any) -> dict[str, str]:
+    """Flags of the command line that the chosen method does not use -> whose they are."""
+    chosen = [str(attrgetter(path)(config)) for path in getattr(type(config), "METHOD", ())]
+    found = {}
+    for path, source in draft.set_by.items():
+        option = draft.schema.knobs[path]
+        if chosen and source in COMMAND_LINE and not is_used(option, chosen):
+            methods = ", ".join(option.methods.split())
+            found[flag(draft.schema.flat_names(path)[0])] = f"of {methods}, not of {chosen[0]}"
+    return found
+
+
 def help_text(draft: Draft, description: str | None = None, everything: bool = False) -> str:
     """Usage, `description`, and the knobs by section, with default and meaning.
 
     Shown are those that the chosen method uses (a class names the options that choose it: METHOD),
     without rare ones; `everything`: all.
     """
-    paths = getattr(draft.schema.sections[""], "METHOD", ())
-    chosen = [str(draft.values[path]) for path in paths]
-    method = {*chosen, *"_".join(chosen).split("_")}
+    chosen = [str(draft.values[path]) for path in getattr(draft.schema.sections[""], "METHOD", ())]
     groups: dict[str, list[str]] = {}
     hidden = 0
     for path, k in draft.schema.knobs.items():
-        used = not k.methods or method.intersection(k.methods.split())
-        if everything or (used and not k.rare):
+        if everything or (is_used(k, chosen) and not k.rare):
             lines = groups.setdefault(k.group, [f"{k.group}:"])
             lines.append(_help_lines(draft.schema.flat_names(path), k))
         else:

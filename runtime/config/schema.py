@@ -107,7 +107,7 @@ def _option(cls: type, f: Field, declared: Any, default: Any, prefix: str) -> Op
         title = ""
     said = {**vars(about(f)), **of_type(declared), "default": default}
     said["group"] = ": ".join(filter(None, [prefix.rstrip("."), title])) or "Options"
-    said["methods"] = said["methods"] or getattr(owner, "METHODS", "")
+    said["methods"] = said["methods"] or vars(owner).get("METHODS", "")  # not those of its bases
     option = Option(**said)
     try:
         return replace(option, default=option.read(default))

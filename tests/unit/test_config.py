@@ -722,23 +722,30 @@ def test_the_learning_rate_of_old_schedules_is_the_optimizers(yaml):
 
 def test_help_shows_what_the_method_uses(capsys):
     @dataclass
-    class Methods(Base):
+    class OfBeta:
+        METHODS = "beta"
+        bb: int = knob(1, "width of beta")
+
+    @dataclass
+    class Methods(Base, OfBeta):
         METHOD = ("method",)
         method: str = knob("alpha", "what to train", choices=("alpha", "beta"))
         aa: int = knob(1, "width of alpha", methods="alpha")
-        bb: int = knob(1, "width of beta", methods="beta")
         cc: int = knob(1, "for experts", rare=True)
+
+    parse(Methods, ["--method", "beta", "--aa", "2", "--bb", "2"])
+    assert capsys.readouterr().out == "note: without effect here: --aa (of alpha, not of beta)\n"
 
     def shown(*argv: str) -> set[str]:
         with pytest.raises(SystemExit):
             parse(Methods, [*argv, "--help"] if "--help" not in argv else argv)
         words = capsys.readouterr().out.split()
-        return {word for word in words if word in ("--aa", "--bb", "--cc", "--seed")}
+        return {word for word in words if word in ("--aa", "--bb", "--cc", "--seed", "--method")}
 
-    assert shown() == {"--aa", "--seed"}
-    assert shown("--method", "beta") == {"--bb", "--seed"}
-    assert shown("--help", "all") == {"--aa", "--bb", "--cc", "--seed"}
-    assert shown("--resume", "all", "--help") == {"--aa", "--seed"}
+    assert shown() == {"--aa", "--seed", "--method"}
+    assert shown("--method", "beta") == {"--bb", "--seed", "--method"}
+    assert shown("--help", "all") == {"--aa", "--bb", "--cc", "--seed", "--method"}
+    assert shown("--resume", "all", "--help") == {"--aa", "--seed", "--method"}
 
 
 @pytest.mark.parametrize(

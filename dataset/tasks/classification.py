@@ -11,7 +11,6 @@ What a data string names is recognised by its form:
 Labels stay lists of class ids with weights. They are never expanded to the number of classes.
 """
 
-import inspect
 import math
 import os
 import re
@@ -53,6 +52,7 @@ from dataset.sources.shard_list import is_shard, list_shards, shared_shards
 from dataset.sources.shards import ShardSource
 from dataset.sources.tables import TABLES, address_state, parse_address
 from dataset.tasks.record import image_of, json_of
+from dataset.tasks.torchvision_sets import TorchvisionRecords
 
 LABEL_FIELDS = ("labels", "label", "cls")
 SAMPLED = 10_000  # entries of a list by which the fraction with labels is estimated
@@ -187,59 +187,6 @@ def _labels_of(root: Path, folders: Sequence[str], classes: Sequence[str]) -> Te
     return torch.tensor([place[name] for name in folders])
 
 
-class TorchvisionRecords(Sequence):
-    """A data set of torchvision as records {pixels, label}. Raises UserError that names the
-    nearest, or the remedy."""
-
-    def __init__(self, name: str, root: Path, split: str, download: bool = False):
-        from torchvision import datasets
-
-        if name not in datasets.__all__ or not inspect.isclass(getattr(datasets, name)):
-            hint = did_you_mean(name, datasets.__all__, 0.3)
-            raise UserError(f"torchvision has no data set {name!r}{hint}")
-        try:
-            self.data = torchvision_set(name, root, split, download)
-        except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(
-                f"torchvision/{name}:{split}: {str(error).splitlines()[0]} (looked in {root}); name its folder with "
-                "--data-root, or fetch it with --download"
-            ) from None
-        self.classes = [str(each) for each in getattr(self.data, "classes", [])]
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> dict:
-        image, label = self.data[index]
-        return {"pixels": pixels_of(image), "label": int(label)}
-
-    def content(self) -> str:
-        """A digest of its images: of their values where it holds them, else of all files below its
-        folder."""
-        held = getattr(self.data, "data", None)
-        if isinstance(held, np.ndarray | Tensor):
-            labels = getattr(self.data, "targets", getattr(self.data, "labels", None))
-            return digest(np.asarray(held).tobytes(), np.asarray(labels).tobytes())
-        root = Path(str(getattr(self.data, "root", "") or "."))
-        return states_digest(files_below(root))
-
-
-def torchvision_set(name: str, root: str | Path, split: str, download: bool):
-    """torchvision's data set of a class name; some have no splits."""
-    from torchvision import datasets
-
-    kind = getattr(datasets, name)
-    takes = inspect.signature(kind).parameters
-    given = {"root": root, "download": download, "train": split == "train"}
-    given |= {"split": split, "image_set": split}
-    return kind(**{key: value for key, value in given.items() if key in takes})
-
-
-def pixels_of(image) -> Tensor:
-    """uint8 [3,H,W] of Pillow's image."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
 def is_shards(data: str) -> bool:
     """Whether a data string names WebDataset or TFRecord shards. A folder does where it holds some,
     or where in its sub-folders a shard comes before an image."""
@@ -267,7 +214,7 @@ def open_records(
     one in their name."""
     if data.startswith("torchvision/"):
         name, _, named = data.removeprefix("torchvision/").partition(":")
-        return TorchvisionRecords(name, root, named or split, download)
+        return TorchvisionRecords(name, root, split, download, named)
     if is_list(data):
         records = Records(
             data, ("labels",) if "label" not in Records(data, ())[0] else ("image", "label")

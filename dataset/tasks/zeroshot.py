@@ -44,10 +44,11 @@ from dataset.tasks.catalog import (
     folder_names,
     in_order_of,
 )
-from dataset.tasks.classification import is_shards, pixels_of, torchvision_set
+from dataset.tasks.classification import is_shards
 from dataset.tasks.compositional import open_choices
 from dataset.tasks.imagenet_folders import babel_imagenet, imagenet_folders, object_net
 from dataset.tasks.multilingual import check_images, crossmodal, xtd
+from dataset.tasks.torchvision_sets import class_names_of, sample_of, split_options, torchvision_set
 
 Image = dict[str, torch.Tensor]
 AGAIN = "fetch the shard again"
@@ -360,23 +361,21 @@ class TorchvisionImages:
                 f"{', '.join(TORCHVISION)}"
             )
         try:
-            self.data = torchvision_set(TORCHVISION[entry.name], entry.path, "test", download)
+            name = TORCHVISION[entry.name]
+            self.data = torchvision_set(name, entry.path, split_options(name, "test"), download)
         except (RuntimeError, OSError, ModuleNotFoundError) as error:
             raise MissingData(
                 f"{entry.name}: neither class folders nor torchvision's files in {entry.path} ({error}); put them "
                 f"there, name another --root, or let torchvision fetch them: --datasets {entry.name} --download"
             ) from None
-        self.classes = [str(name) for name in getattr(self.data, "classes", ())]
+        self.classes = class_names_of(self.data)
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> Image:
-        try:
-            image, label = self.data[index]
-        except (OSError, ValueError) as error:
-            raise BadSample(f"{self.name}, image {index}: {error}") from None
-        return {"image": pixels_of(image), "target": torch.tensor(int(label))}
+        pixels, label = sample_of(self.data, index, self.name)
+        return {"image": pixels, "target": torch.tensor(label)}
 
 
 class ShardImages:

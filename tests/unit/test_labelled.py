@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
+from PIL import Image
 from pyarrow import parquet
 
 from base.errors import BadSample, UserError
@@ -37,6 +38,7 @@ from dataset.tasks.classification import (
     open_records,
     training_source,
 )
+from dataset.tasks.torchvision_sets import sample_of, split_options
 from tests.helpers.images import of_colour
 
 VIEW = ViTEvalView(8)
@@ -268,6 +270,57 @@ def test_torchvision(tmp_path):
     with pytest.raises(UserError, match=r"CIFAR10:test: .*--download"):
         open_records("torchvision/CIFAR10:test", tmp_path, "train")
     assert not list(tmp_path.iterdir())
+
+
+def eurosat(root: Path) -> Path:
+    for name in ("Forest", "River"):
+        file = root / f"eurosat/2750/{name}/{name}_1.jpg"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(jpeg())
+    return root
+
+
+@pytest.mark.parametrize("name", ["MNIST:trian", "MNIST:val", "EuroSAT:test", "SUN397:train"])
+def test_a_name_that_no_split_of_torchvision_has_means_no_other_images(tmp_path, name):
+    with pytest.raises(UserError, match="splits"):
+        open_records(f"torchvision/{name}", eurosat(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "named", "options"),
+    [
+        ("MNIST", "test", "", {"train": False}),
+        ("MNIST", "test", "train", {"train": True}),
+        ("STL10", "train", "unlabeled", {"split": "unlabeled"}),
+        ("EMNIST", "train", "letters", {"split": "letters", "train": True}),
+        ("EMNIST", "test", "letters", {"split": "letters", "train": False}),
+        ("INaturalist", "train", "2021_valid", {"version": "2021_valid"}),
+        ("LFWPeople", "test", "", {"split": "test"}),
+        ("EuroSAT", "test", "", {}),
+    ],
+)
+def test_what_torchvision_is_told_of_a_split(name, split, named, options):
+    assert split_options(name, split, named) == options
+
+
+def test_a_torchvision_set_without_splits_says_so_and_drops_broken_images(tmp_path, capsys):
+    split = Split("torchvision/EuroSAT", eurosat(tmp_path), VIEW, labels(10))
+    assert "has no splits; all of its 2 images" in "".join(capsys.readouterr())
+    assert split.records.classes == ["Forest", "River"] and split.load(1)["labels"] == [1]
+    (tmp_path / "eurosat/2750/River/River_1.jpg").write_bytes(b"no image")
+    with pytest.raises(BadSample, match="EuroSAT, image 1"):
+        split.load(1)
+
+
+@pytest.mark.parametrize("name", ["CocoCaptions", "VisionDataset"])
+def test_what_is_no_set_of_labelled_images_is_one_sentence(tmp_path, name):
+    with pytest.raises(UserError, match=f"torchvision/{name}: "):
+        open_records(f"torchvision/{name}", tmp_path, "train")
+
+
+def test_a_target_that_is_no_class_is_one_sentence():
+    with pytest.raises(UserError, match="a target is 'a dog'"):
+        sample_of([(Image.new("RGB", (4, 4)), "a dog")], 0, "torchvision/SBU")
 
 
 def test_views():

@@ -56,8 +56,8 @@ from runtime.config.cli import knob, run_script, section
 from runtime.config.from_checkpoint import description_of
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
-from runtime.parallel import gradient_sync, whole_model
 from runtime.options import RunConfig, StreamConfig, ValidationConfig
+from runtime.parallel import gradient_sync, whole_model
 from runtime.run import Run, evaluating, seed_everything
 
 
@@ -155,7 +155,7 @@ def averaged(model: VisionClassifier) -> VisionClassifier:
 
 
 def train_step(model, statistics, next_batch, config: Config, precision) -> dict[str, Tensor]:
-    """Gradients of one update of the mixed images. Returns `loss`, 0-d, over all micro-batches."""
+    """Gradients of one update. Returns the losses, 0-d means over the micro-batches."""
     total = {}
     for micro in range(config.accumulate):
         batch = next_batch()

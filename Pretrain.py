@@ -194,7 +194,7 @@ def training_data(
 def train_step(
     model, teacher: MomentumPairs, image_tokenizer, next_batch, alpha, config: Config, precision
 ) -> dict[str, Tensor]:
-    """Gradients of one update, after the teacher's. Returns losses: 0-d means over micro-batches."""
+    """Gradients of one update; the teacher moves first. Returns the losses, 0-d means."""
     teacher.update()
     total = {}
     for micro in range(config.accumulate):

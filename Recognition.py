@@ -55,8 +55,8 @@ from runtime.config.from_checkpoint import description_of
 from runtime.config.nxtp import RecognitionData, fill_network
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
-from runtime.parallel import gradient_sync, share_matrices, whole_model
 from runtime.options import RunConfig
+from runtime.parallel import gradient_sync, share_matrices, whole_model
 from runtime.run import Run, evaluating, seed_everything
 
 SHOWN = 7  # labels of --image whose attention is drawn
@@ -127,9 +127,10 @@ def training_data(config: Config, tokenizer: PieceTokenizer, world: World, state
 
 def evaluation_data(config: Config) -> dict[str, ImageSet]:
     """The splits that are given: `val` and `test`."""
-    how = (ImageView(config.network.image_size, config.whole_image), config.image_root)
+    view = ImageView(config.network.image_size, config.whole_image)
+    options = {"view": view, "root": config.image_root, "error_budget": config.error_budget}
     given = {"val": config.val, "test": config.test}
-    splits = {k: ImageSet(v, *how, config.error_budget) for k, v in given.items() if v}
+    splits = {split: ImageSet(source, **options) for split, source in given.items() if source}
     if config.evaluate and not splits:
         raise UserError("--evaluate needs --test: a list, or shards with .nouns")
     return splits
@@ -240,8 +241,7 @@ def main(config: Config) -> None:
         found = evaluate(model.to(world.device), data, tokenizer, config, world, precision)
         metrics[split] = label_metrics(found, data.references, encoder)
         if world.is_main:
-            name = f"result/labels_{split}.json"
-            save_labels(config.output_dir / name, data.names, data.references, found)
+            save_labels(config.output_dir / f"result/labels_{split}.json", data, found)
             sections += label_report(data, found, metrics[split], split)
     write_results(config, NAME, metrics, sections)
 

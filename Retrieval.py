@@ -231,16 +231,17 @@ def main(config: Config) -> None:
         config.checkpoint = train(model, splits.get("val"), tokenizer, config, start)
         model = build_model(config, tokenizer)
         start_from(model, read_weights(config.checkpoint), "retrieval")
+    model.to(start.world.device)
     metrics = {"k_test": config.k_test if config.rerank else 0}
     sections = []
     for split, data in splits.items():
-        scores, rankings = evaluate(model.to(start.world.device), data, tokenizer, config, start)
+        scores, rankings = evaluate(model, data, tokenizer, config, start)
         metrics[split] = scores
         if start.world.is_main:
             save_rankings(config.output_dir / f"result/ranking_{split}.safetensors", *rankings)
             sections = report(split, data, scores, rankings) + sections
     for name, data in examples.items():
-        metrics[name] = choose(model.to(start.world.device), data, tokenizer, config, start)
+        metrics[name] = choose(model, data, tokenizer, config, start)
         sections.append(card(name, choices_table(metrics[name])))
     write_results(config, "Image-text retrieval", metrics, sections)
 

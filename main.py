@@ -59,8 +59,8 @@ from models.weights.clip import load_text_transformer
 from models.weights.start_dual import start_dual
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
-from runtime.config.from_checkpoint import check_architecture, description_of, saved_config
 from runtime.config.clip_rocket import RocketRunConfig
+from runtime.config.from_checkpoint import check_architecture, description_of, saved_config
 from runtime.flops import training_flops
 from runtime.optim.build import Precision, set_learning_rate
 from runtime.parallel import gradient_sync, whole_model
@@ -142,7 +142,7 @@ def total_loss(losses: dict, network: DualConfig) -> torch.Tensor:
 
 
 def train_step(model, next_batch, pixels, config: Config, precision: Precision) -> dict:
-    """Gradients of one update; returns the losses, 0-d tensors, averaged over the micro-batches."""
+    """Gradients of one update. Returns the losses, 0-d means over the micro-batches."""
     total = {}
     for micro in range(config.accumulate):
         batch = normalized(next_batch(), pixels)

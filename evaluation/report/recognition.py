@@ -60,10 +60,11 @@ def attention_page(
     sheet.save(path)
 
 
-def save_labels(path: Path, names: Sequence[str], references: Sequence, found: Sequence) -> None:
-    """A JSON list of {image, references, labels: [[text, score]]}."""
+def save_labels(path: Path, data, found: Sequence[Sequence[tuple[str, float]]]) -> None:
+    """A JSON list of {image, references, labels: [[text, score]]}; data: the split's images, with
+    `names` and `references`."""
     rows = []
-    for name, true, labels in zip(names, references, found, strict=True):
+    for name, true, labels in zip(data.names, data.references, found, strict=True):
         rounded = [[text, round(score, 5)] for text, score in labels]
         rows.append({"image": name, "references": list(true), "labels": rounded})
     write_json(path, rows)

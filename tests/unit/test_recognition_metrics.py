@@ -103,6 +103,7 @@ def test_a_label_has_the_same_embedding_in_any_company():
 
 
 class Split:
+    names = ("a", "b")
     references = (["dog", "cat"], ["sky"])
 
     def __len__(self):
@@ -123,7 +124,7 @@ def test_the_page_of_a_split(tmp_path):
         and "&lt;b&gt;" in page
     )
     assert "12.3" in page and "50.0" in page and "7.0" in page and "data:image/jpeg" in page
-    save_labels(tmp_path / "labels.json", ["a", "b"], Split.references, found)
+    save_labels(tmp_path / "labels.json", Split(), found)
     import json
 
     assert json.loads((tmp_path / "labels.json").read_text())[1] == {

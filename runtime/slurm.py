@@ -20,7 +20,8 @@ OTHERS_WAIT_S = 300  # after the first process of a job ended, the others are en
 
 # In the batch file ahead of srun. The address is the one Slurm itself reaches the node by: its name need not resolve.
 # Slurm signals the script itself only when it ends the job: a cancelled one must not come back, and a preempted one
-# Slurm requeues on its own.
+# Slurm requeues on its own. The processes may have left before that signal comes; but then the job no longer counts as
+# running.
 BATCH = f"""
 unset RANK WORLD_SIZE LOCAL_RANK MASTER_PORT
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -31,6 +32,7 @@ trap 'ended_by_slurm=yes' TERM
 finish() {{
     case $1 in {EXIT_REQUEUE}|{USR1}|{TERM}) ;; *) return ;; esac
     [ $ended_by_slurm = no ] || return
+    case $(squeue -h -j JOB -o %T) in RUNNING|"") ;; *) return ;; esac
     if [ "$(cat REQUEUES 2>/dev/null | grep -c "^job $SLURM_JOB_ID ")" -ge LIMIT ]; then
         echo "job $SLURM_JOB_ID was requeued LIMIT times (--max_requeues); submit it again to resume" >&2
         return
@@ -56,7 +58,7 @@ def requeueing(log: str, limit: int, job: str = '"$SLURM_JOB_ID"') -> list[str]:
     """Lines of a batch file ahead of srun, for a job that is requeued at most `limit` times.
 
     log: a file with a line a requeue; job: what is requeued; both in the shell's spelling."""
-    lines = BATCH.replace("requeue JOB", f"requeue {job}").replace("LIMIT", str(limit))
+    lines = BATCH.replace(" JOB", f" {job}").replace("LIMIT", str(limit))
     lines = lines.replace("REQUEUES", log)  # last: a folder may be called LIMIT
     return lines.strip().splitlines()
 

@@ -162,10 +162,11 @@ def test_the_batch_file_is_valid_shell_and_requeues_only_what_asks_for_it(capsys
     text = preview(capsys, *SLURM, "--job_dir", str(folder), "--max_requeues", "2")
     stand_ins = f"""
     scontrol() {{ echo "$@" >> {tmp_path}/asked; [ "$2" != node ] || echo "NodeAddr=10.1.2.3 NodeHostName=n1"; }}
+    squeue() {{ [ "$*" = "-h -j 12 -o %T" ] && echo "$STATE"; }}
     srun() {{ echo "$MASTER_ADDR" > {tmp_path}/address; eval "$BEFORE_END"; return $STATUS; }}
     """
 
-    def requeued(status, before_end=":") -> bool:
+    def requeued(status, before_end=":", state="RUNNING") -> bool:
         (tmp_path / "asked").unlink(missing_ok=True)
         env = {
             "SLURM_JOB_ID": "12",
@@ -173,7 +174,7 @@ def test_the_batch_file_is_valid_shell_and_requeues_only_what_asks_for_it(capsys
             "RANK": "5",
             "PATH": os.environ["PATH"],
         }
-        env |= {"STATUS": str(status), "BEFORE_END": before_end}
+        env |= {"STATUS": str(status), "BEFORE_END": before_end, "STATE": state}
         done = subprocess.run(
             ["bash", "-c", stand_ins + text], env=env, capture_output=True, text=True
         )
@@ -182,7 +183,10 @@ def test_the_batch_file_is_valid_shell_and_requeues_only_what_asks_for_it(capsys
 
     assert not requeued(0) and not requeued(1) and not requeued(2) and not requeued(137)
     assert not requeued(75, "kill -TERM $$"), "Slurm ended this job itself"
-    assert requeued(75) and requeued(143) and not requeued(75), "two requeues were allowed"
+    # the processes were signalled, and have left, before the batch file was
+    assert not requeued(75, state="COMPLETING") and not requeued(143, state="CANCELLED")
+    assert requeued(75, state=""), "Slurm does not answer"
+    assert requeued(143) and not requeued(75), "two requeues were allowed"
     assert (tmp_path / "address").read_text() == "10.1.2.3\n"
 
 

@@ -142,7 +142,9 @@ def test_an_array_and_its_merge_are_submitted(sbatch, tmp_path, capsys):
     submit_array(sharing, 70_000, tmp_path / "out")
     options, command = lines(sbatch / "1.sh")
     assert {"--array=0-3%4", "--partition=cpu", "--mem=2G", "--time=7", "--requeue"} <= options
-    assert 'requeue "$SLURM_ARRAY_JOB_ID"_"$SLURM_ARRAY_TASK_ID"' in (sbatch / "1.sh").read_text()
+    task = '"$SLURM_ARRAY_JOB_ID"_"$SLURM_ARRAY_TASK_ID"'
+    assert f"requeue {task}\n" in (sbatch / "1.sh").read_text()
+    assert f"squeue -h -j {task} " in (sbatch / "1.sh").read_text()
     assert 'scontrol requeue "$SLURM_JOB_ID"' in (sbatch / "2.sh").read_text()
     assert "--cpus-per-task=3" in options and "--cpus-per-task=3" in command
     words = [str(Path("scripts/data/pack.py").absolute()), "--data", "a b.csv", "--slurm", "4"]

@@ -29,8 +29,6 @@ from runtime.optim.build import Optimizer
 
 @dataclass
 class Config(TrainOptions):
-    """What to measure."""
-
     model: str = knob("ALIGN_B3_MINI", "network")
     batch: int = knob(8, "pairs a step", low=2)
     virtual_batch: int = knob(8, "samples of a ghost batch", low=2)

@@ -46,8 +46,6 @@ COLUMNS = [
 
 @dataclass
 class Config(Options):
-    """What to measure."""
-
     gigabytes: float = knob(1.0, "GiB of weights and two moments of Adam", low=0.01)
     saves: int = knob(3, "checkpoints of a measurement; the first makes the buffers", low=2)
     folder: Path = knob(Path(tempfile.gettempdir()), "where the checkpoints are written")
@@ -64,12 +62,11 @@ def save(options: SimpleNamespace) -> dict:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    world = alone(options.device)
     sharded, beside = WAYS[options.side]
+    how = {"sharded": sharded, "in_background": beside, "fresh": True}
     saves = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        checkpoints = CheckpointFolder(folder)
-        saver = Saver(checkpoints, world, sharded=sharded, in_background=beside, fresh=True)
+        saver = Saver(CheckpointFolder(folder), alone(options.device), **how)
         for step in range(options.saves):
             begin, _ = now(options.device)
             cpu_begin = time.thread_time()
@@ -86,9 +83,8 @@ def save(options: SimpleNamespace) -> dict:
 
 def main(config: Config) -> None:
     results = take_turns(config, dict.fromkeys(WAYS, "benchmarks.checkpoint:save"))
-    title = ["How long training waits for a checkpoint"]
-    remark = f"State: {config.gigabytes:g} GiB."
-    publish(config, "checkpoint", title, results, COLUMNS, remark)
+    title, remark = "How long training waits for a checkpoint", f"State: {config.gigabytes:g} GiB."
+    publish(config, "checkpoint", [title], results, COLUMNS, remark)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python -m benchmarks.child MODULE:FUNCTION '{"batch": 4, ...}'
 
-benchmarks.runner starts it. It prints the dictionary that the function returns of these options as
-a line of JSON; nothing for None, as of processes beside the first. What the measured code prints
-goes to stderr. Imports torch only where it is used: it also runs beside TensorFlow alone.
+Prints the dictionary that the function returns of these options as a line of JSON; nothing for
+None, as of processes beside the first. What the measured code prints goes to stderr. Imports torch
+only where it is used: it also runs beside TensorFlow alone.
 """
 
 import contextlib
@@ -76,10 +76,8 @@ def peak_bytes(device: str) -> int:
 
 def linux_bytes(file: str, field: str) -> int:
     """A field of a file of /proc that has kB, such as VmHWM of status."""
-    for line in Path(file).read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"no {field} in {file}")
+    fields = dict(line.split(":", 1) for line in Path(file).read_text().splitlines())
+    return int(fields[field].split()[0]) * 1024
 
 
 if __name__ == "__main__":

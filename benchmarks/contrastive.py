@@ -7,7 +7,6 @@ Value and gradients of CLIP's loss of random features on the CPU. Up to 16,384 p
 is computed as well and both are compared.
 """
 
-import tempfile
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -22,7 +21,6 @@ from runtime.config.cli import knob, run_script
 
 DENSE = "dense"
 DENSE_UP_TO = 16384  # pairs
-GRADIENTS = "gradients.pt"
 COLUMNS = [
     Column("loss", "loss", "{:.7g}"),
     SECONDS,
@@ -35,8 +33,6 @@ COLUMNS = [
 
 @dataclass
 class Config(Options):
-    """What to measure."""
-
     pairs: int = knob(65536, "pairs of the global batch", low=2)
     width: int = knob(512, "numbers of a feature", low=1)
     tile: int = knob(2048, "rows and columns of the logits in memory at a time", low=1)
@@ -49,15 +45,12 @@ def loss_and_gradients(options: SimpleNamespace) -> dict:
     rng = torch.Generator().manual_seed(0)
     image = torch.randn(options.pairs, options.width, generator=rng)
     text = torch.randn(options.pairs, options.width, generator=rng).mul_(2).add_(image)
-    inputs = [image, text, torch.tensor(14.0)]
-    for value in inputs:
-        value.requires_grad_()
+    inputs = [value.requires_grad_() for value in (image, text, torch.tensor(14.0))]
     tile = None if options.side == DENSE else options.tile
     before = peak_bytes("cpu")
 
     def compute() -> float:
-        images = normalize(image)[:, None]
-        texts = normalize(text)[:, None]
+        images, texts = normalize(image)[:, None], normalize(text)[:, None]
         views = Views(images, texts, images, texts, first=0)
         loss = clip_loss(views, inputs[2], tile=tile).loss
         loss.backward()
@@ -67,20 +60,16 @@ def loss_and_gradients(options: SimpleNamespace) -> dict:
     result |= {"loss": loss, "peak_bytes": peak_bytes("cpu"), "before": before}
     gradients = [value.grad for value in inputs]
     if tile:
-        leave(options, GRADIENTS, gradients)
+        leave(options, gradients)
         return result
-    differences = []
-    for grad, tiled in zip(gradients, left(options, GRADIENTS), strict=True):
-        differences.append(float((tiled - grad).norm() / grad.norm()))
+    pairs = zip(gradients, left(options), strict=True)
+    differences = [float((tiled - grad).norm() / grad.norm()) for grad, tiled in pairs]
     return {**result, "difference": max(differences)}
 
 
 def main(config: Config) -> None:
-    sides = {f"tiles of {config.tile}": "benchmarks.contrastive:loss_and_gradients"}
-    if config.pairs <= DENSE_UP_TO:
-        sides[DENSE] = "benchmarks.contrastive:loss_and_gradients"
-    with tempfile.TemporaryDirectory() as folder:
-        results = take_turns(config, sides, exchange=folder)
+    sides = [f"tiles of {config.tile}"] + [DENSE] * (config.pairs <= DENSE_UP_TO)
+    results = take_turns(config, dict.fromkeys(sides, "benchmarks.contrastive:loss_and_gradients"))
     title = ["Contrastive loss and gradients", f"{config.pairs:,} pairs of {config.width}"]
     publish(config, "contrastive", [*title, "one CPU process"], results, COLUMNS)
 

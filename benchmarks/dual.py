@@ -33,8 +33,6 @@ from runtime.flops import training_flops
 
 @dataclass
 class Config(TrainOptions):
-    """What to measure."""
-
     tokens: int = knob(24, "longest caption in tokens, start and end included", low=8, high=77)
 
 
@@ -52,7 +50,6 @@ def ours(options: SimpleNamespace) -> dict:
     length = min(CONTEXT, 8 * math.ceil(options.tokens / 8))
     batch["text_ids"] = batch["text_ids"][..., :length].contiguous()
     flops = training_flops(model, batch)
-
     result = training_step(model, batch, lambda found: total_loss(found, config), ADAMW, options)
     result["mfu"] = mfu(flops, result, options)
     return result
@@ -72,38 +69,24 @@ def open_clip(options: SimpleNamespace) -> dict:
     batch = random_batch(options)
     batch["text"] = batch.pop("text_ids")
     criterion = library.ClipLoss()
-
     return training_step(model, batch, lambda found: criterion(*found[:3]), ADAMW, options)
 
 
 def clip_rocket(options: SimpleNamespace) -> dict:
-    """A step of the checkout's CL2L under its loss. Replaced are xformers, which the default
-    attention does not use, and timm's table of networks."""
+    """A step of the checkout's CL2L under its loss, as its command line makes them. Replaced are
+    libraries that they do not use, and timm's table of networks."""
     torch.manual_seed(0)
     batch = random_batch(options)
-    stand_in("xformers.ops")
     open_checkout(options.peer)
+    for unused in ("xformers.ops", "tkinter", "tokenizer", "datasets"):
+        stand_in(unused)
     importlib.import_module("timm.models.registry")
-    vit = importlib.import_module("vit")
-    models = importlib.import_module("models")
-
-    def vit_b16(name: str, num_classes: int, attn_layer: str) -> nn.Module:
-        return vit.VisionTransformer(num_classes=num_classes, attn_layer=vit.Attention)
-
-    models.timm.create_model = vit_b16
-    model = models.CL2L_VITB16(
-        models.CL2L,
-        "standard",  # attention
-        embed_dim=512,
-        transformer_layers=12,
-        separate_proj=True,
-        detach_proj=False,
-        text_dropout_prob=0.0,
-        text_drop_path_prob=0.0,
-        clip_proj_type="linear",
-        clip_hidden_dim=4096,
-        label_smoothing=0.0,
-    )
+    script = importlib.import_module("main")
+    vit_b16 = importlib.import_module("vit").VisionTransformer
+    script.models.timm.create_model = lambda name, **given: vit_b16(num_classes=0)
+    words = "--model CL2L_VITB16_CL2L --embed-dim 512 --separate-proj --loss-avg-or-sum sum"
+    args = script.get_args_parser().parse_args(words.split())
+    model, criterion = script.models.get_model(args), script.models.get_loss(args)
     forward = model.forward
 
     def with_our_names(image: Tensor, text_ids: Tensor, image_local: Tensor) -> dict:
@@ -111,18 +94,15 @@ def clip_rocket(options: SimpleNamespace) -> dict:
 
     model.forward = with_our_names
     nn.Module.cuda = lambda self, *args, **kwargs: self.to(options.device)
-    criterion = importlib.import_module("losses").CL2LLoss("sum", 0.0)
     options.activation_checkpointing = False  # is ours
     return training_step(model, batch, lambda found: criterion(found)["loss"], ADAMW, options)
 
 
 def main(config: Config) -> None:
     check_peer(config, "losses.py", "clip-rocket")
-    title = ["CLIP ViT-B/16"]
-    other = "open_clip"
+    title, other = ["CLIP ViT-B/16"], "open_clip"
     if config.peer:
-        title = ["CL2L ViT-B/16", "two local views"]
-        other = "clip-rocket"
+        title, other = ["CL2L ViT-B/16", "two local views"], "clip-rocket"
     title += [f"up to {config.tokens} tokens", *settings(config), f"beside {other}"]
     sides = {OURS: "benchmarks.dual:ours", other: f"benchmarks.dual:{other.replace('-', '_')}"}
     compare_steps(config, "dual", title, sides)

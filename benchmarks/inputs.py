@@ -1,5 +1,5 @@
 """Random inputs of the benchmarks, equal for ours and the originals, and what one side leaves for
-the other; the inputs of NXTP are in nxtp_inputs.
+the other.
 
 Imports torch alone, so that it also runs in the interpreter of an original's checkout.
 """
@@ -10,27 +10,33 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-# ---- files in the folder `exchange`
-PEER_FILE = "peer.pt"  # what an original leaves for ours
+PEER_FILE = "peer.pt"  # in the folder `exchange`
 
 
-def leave(options: SimpleNamespace, name: str, found: dict) -> None:
-    """Save tensors for the other side or the caller."""
-    torch.save(found, Path(options.exchange) / name)
+def leave(options: SimpleNamespace, found: dict | list) -> None:
+    """Save tensors for the other side."""
+    torch.save(found, Path(options.exchange) / PEER_FILE)
 
 
-def left(options: SimpleNamespace, name: str) -> dict | None:
-    """What a side has left under this name, if it has; on the CPU, read as it is needed."""
-    file = Path(options.exchange) / name
-    if not file.exists():
-        return None
-    return torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+def left(options: SimpleNamespace) -> dict | list | None:
+    """What the other side has left, if it has; on the CPU, read as it is needed."""
+    file = Path(options.exchange) / PEER_FILE
+    if file.exists():
+        return torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+    return None
 
 
 # ---- the small ALBEF of benchmarks.learning
 SMALL_IMAGE = 48  # pixels; also of its CLIP
 SMALL_VIT = {"patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 4}  # the original's names
 CROP_SCALE = (0.8, 1.0)  # area of the image
+
+
+def seed_and_run(options: SimpleNamespace) -> dict:
+    """The seed of this turn, and the folder that it trains into."""
+    seed = options.seeds[options.turn]
+    return {"seed": seed, "run": f"{options.folder}/{options.side}_{seed}"}
+
 
 # ---- SIMLA and ALBEF, sizes as SIMLA was published
 TEXT_LENGTH = 25  # tokens
@@ -122,11 +128,9 @@ def clip_captions(size: int, views: int, longest: int) -> Tensor:
 def random_batch(options: SimpleNamespace) -> dict[str, Tensor]:
     """image [B,3,S,S] and text_ids [B,77]; beside clip-rocket, with two local views V, text_ids
     [B,1+V,77] and image_local [B,V,3,S,S]."""
-    size, side = options.batch, 32 if options.tiny else 224
-    batch = {"image": torch.randn(size, 3, side, side)}
-    if options.peer:
-        batch["text_ids"] = clip_captions(size, 3, options.tokens)
-        batch["image_local"] = torch.randn(size, 2, 3, side, side)
-    else:
-        batch["text_ids"] = clip_captions(size, 1, options.tokens)[:, 0]
-    return batch
+    size, side = options.batch, 32 if options.tiny and not options.peer else 224
+    ids = clip_captions(size, 3 if options.peer else 1, options.tokens)
+    image = torch.randn(size, 3, side, side)
+    if not options.peer:
+        return {"image": image, "text_ids": ids[:, 0]}
+    return {"image": image, "text_ids": ids, "image_local": torch.randn(size, 2, 3, side, side)}

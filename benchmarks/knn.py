@@ -40,8 +40,6 @@ COLUMNS = [
 
 @dataclass
 class Config(Options):
-    """What to measure."""
-
     train: int = knob(200_000, "training features", low=2)
     queries: int = knob(10_000, "queries", low=1)
     width: int = knob(384, "numbers in a feature", low=1)
@@ -55,10 +53,9 @@ def make_features(config: Config, folder: Path) -> None:
     centres = rng.standard_normal((CLUSTERS, config.width), dtype=np.float32)
     for name, count in (("train", config.train), ("queries", config.queries)):
         file = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", "<f4", (count, config.width))
-        for first in range(0, count, PART):
-            size = min(PART, count - first)
-            noise = rng.standard_normal((size, config.width), dtype=np.float32)
-            file[first : first + PART] = centres[rng.integers(CLUSTERS, size=size)] + 1.5 * noise
+        for part in np.array_split(file, -(-count // PART)):
+            noise = rng.standard_normal(part.shape, dtype=np.float32)
+            part[:] = centres[rng.integers(CLUSTERS, size=len(part))] + 1.5 * noise
         file.flush()
 
 
@@ -68,26 +65,26 @@ def search(options: SimpleNamespace) -> dict:
     same rank, as ours."""
     folder = Path(options.exchange)
     files = [folder / "train.npy", folder / "queries.npy"]
-    if options.side == OURS:
+    ours = options.side == OURS
+    if ours:
         features = [np.load(file, mmap_mode="r") for file in files]
         banks = [Bank(each, labels=torch.zeros(len(each))) for each in features]
         world = alone(options.device)
-
-        def find() -> np.ndarray:
-            return nearest_neighbours(*banks, options.k, world).index.numpy()
     else:
         from sklearn.neighbors import NearestNeighbors
         from sklearn.preprocessing import normalize
 
-        def find() -> np.ndarray:
-            index = NearestNeighbors(n_neighbors=options.k, algorithm="brute", metric="euclidean")
-            index.fit(normalize(np.load(files[0])))
-            return index.kneighbors(normalize(np.load(files[1])), return_distance=False)
+    def find() -> np.ndarray:
+        if ours:
+            return nearest_neighbours(*banks, options.k, world).index.numpy()
+        index = NearestNeighbors(n_neighbors=options.k, algorithm="brute", metric="euclidean")
+        index.fit(normalize(np.load(files[0])))
+        return index.kneighbors(normalize(np.load(files[1])), return_distance=False)
 
     before = linux_bytes("/proc/self/smaps_rollup", "Rss")
     found, result = measure_once(find)
     result["peak_bytes"] = peak_bytes("cpu") - before
-    if options.side == OURS:
+    if ours:
         np.save(folder / FOUND, found)
     else:
         result["same"] = float((found == np.load(folder / FOUND)).mean())

@@ -20,9 +20,10 @@ from torch import Tensor
 import main as dual_encoder
 import Pretrain
 from base.pixels import OPENAI
+from base.reading import read_json
 from base.writing import write_json
-from benchmarks.inputs import SMALL_IMAGE, SMALL_VIT
-from benchmarks.runner import OURS, PEER
+from benchmarks.inputs import SMALL_IMAGE, SMALL_VIT, seed_and_run
+from benchmarks.runner import OURS, PEER, ROOT
 from dataset.text.bpe import ClipTokenizer
 from dataset.text.wordpiece import Tokenizer, pre_caption
 from models.fusion.config import retrieval_config
@@ -32,27 +33,16 @@ from models.weights.any_dual_encoder import open_dual
 from runtime.checkpoint import read_weights, weights_file
 from runtime.config.cli import parse
 
+HERE = "benchmarks.learning_sides"
 SIDES = {
-    "CLIP": {
-        OURS: "benchmarks.learning_sides:clip_ours",
-        "open_clip": "benchmarks.learning_sides:clip_open_clip",
-    },
-    "ALBEF": {
-        OURS: "benchmarks.learning_sides:albef_ours",
-        PEER: "benchmarks.peers.albef_learning:train",
-    },
+    "CLIP": {OURS: f"{HERE}:clip_ours", "open_clip": f"{HERE}:clip_open_clip"},
+    "ALBEF": {OURS: f"{HERE}:albef_ours", PEER: "benchmarks.peers.albef_learning:train"},
 }
 
 
 def words(template: str, options: SimpleNamespace, **more) -> list[str]:
     """A command line with the options filled in."""
     return [word.format(**vars(options), **more) for word in template.split()]
-
-
-def seed_and_run(options: SimpleNamespace) -> dict:
-    """The seed of this turn, and the folder that it trains into."""
-    seed = options.seeds[options.turn]
-    return {"seed": seed, "run": f"{options.folder}/{options.side}_{seed}"}
 
 
 # ---- CLIP
@@ -78,9 +68,8 @@ OPEN_CLIP_NETWORK = {
 
 def clip_words(options: SimpleNamespace) -> list[str]:
     """The command line of main.py."""
-    warmup = f"{options.warmup} steps"
     first = options.lr / max(1, options.warmup)  # where open_clip's warm-up starts
-    more = {"warmup_steps": warmup, "first_lr": first, **seed_and_run(options)}
+    more = {"warmup_steps": f"{options.warmup} steps", "first_lr": first, **seed_and_run(options)}
     return words(CLIP_OURS, options, **more)
 
 
@@ -121,32 +110,6 @@ PEER_FILE = "models/model_pretrain.py"  # of the original's checkout
 MAX_TOKENS = 25  # written into the original's train()
 ENDS = 1e-5  # learning rate at the first and at the last step
 WIDTH = SMALL_VIT["embed_dim"]
-BERT = {
-    "hidden_act": "gelu",
-    "hidden_size": WIDTH,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 4 * WIDTH,
-    "max_position_embeddings": 128,
-    "type_vocab_size": 2,
-    "pad_token_id": 0,
-    "layer_norm_eps": 1e-12,
-    "encoder_width": WIDTH,
-    "fusion_layer": 1,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "initializer_range": 0.02,
-}
-METHOD = {
-    "image_res": SMALL_IMAGE,
-    "vision_width": WIDTH,
-    "embed_dim": 64,
-    "queue_size": 1024,
-    "temp": 0.07,
-    "mlm_probability": 0.25,
-    "momentum": 0.99,
-    "alpha": 0.2,
-}
 ALBEF_OURS = (
     "--config {folder}/albef.yaml --text_encoder {data}/tokenizer --device {device} "
     "--method albef --patch_size 8 --vision_depth 2 --vision_heads 4 --max_tokens 25 "
@@ -161,19 +124,22 @@ def prepare_albef(config) -> None:
     """Write what both sides read: BERT's geometry, the original's configuration and the starting
     weights of each seed."""
     tokenizer = Tokenizer(config.data / "tokenizer")
-    write_json(config.folder / "bert.json", {**BERT, "vocab_size": tokenizer.vocab_size})
-    schedule = {
-        "sched": "cosine",
-        "lr": config.lr,
-        "epochs": config.epochs,
-        "min_lr": ENDS,
-        "decay_rate": 1,
-        "warmup_lr": ENDS,
-        "warmup_epochs": config.warmup // 100,  # stairs of 100 steps in its first epoch
-        "cooldown_epochs": 0,
-    }
+    bert = read_json(ROOT / "configs/bert_small.json", dict)
+    bert |= {"vocab_size": tokenizer.vocab_size, "encoder_width": WIDTH, "fusion_layer": 1}
+    bert["initializer_range"] = 0.02  # the original's
+    write_json(config.folder / "bert.json", bert)
+    schedule = {"sched": "cosine", "lr": config.lr, "epochs": config.epochs, "decay_rate": 1}
+    schedule |= {"min_lr": ENDS, "warmup_lr": ENDS, "cooldown_epochs": 0}
+    schedule["warmup_epochs"] = config.warmup // 100  # stairs of 100 steps in its first epoch
     method = {
-        **METHOD,
+        "image_res": SMALL_IMAGE,
+        "vision_width": WIDTH,
+        "embed_dim": 64,
+        "queue_size": 1024,
+        "temp": 0.07,
+        "mlm_probability": 0.25,
+        "momentum": 0.99,
+        "alpha": 0.2,
         "train_file": [f"{config.folder}/train.json"],
         "bert_config": f"{config.folder}/bert.json",
         "batch_size": config.batch,
@@ -206,13 +172,10 @@ def open_albef_run(config, run: Path) -> tuple:
     model = Retrieval(retrieval_config(knobs, tokenizer.vocab_size)).eval()
     start_from(model, read_weights(file if file.exists() else weights_file(run)), "retrieval")
 
-    def embed_image(image: Tensor) -> dict[str, Tensor]:
-        return {"z": model.encode_image(image)[1]}
-
     def embed_text(ids: Tensor) -> dict[str, Tensor]:
         return {"z": model.encode_text(ids, ids != tokenizer.pad_id)[1]}
 
     def tokenize(texts: list[str]) -> Tensor:
         return tokenizer([pre_caption(text) for text in texts], MAX_TOKENS, lengths=None)[0]
 
-    return embed_image, embed_text, tokenize
+    return lambda image: {"z": model.encode_image(image)[1]}, embed_text, tokenize

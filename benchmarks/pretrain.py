@@ -1,7 +1,6 @@
 """Speed and memory of a pre-training step: ViT-B/16 + BERT-base SIMLA or ALBEF at 256 px.
 
     python -m benchmarks.pretrain                               # ours alone
-    python -m benchmarks.pretrain --peer PATH/TO/SIMLA          # against a checkout, alternating
     python -m benchmarks.pretrain --peer PATH/TO/ALBEF --system albef --precision bf16
     python -m benchmarks.pretrain --peer PATH/TO/SIMLA --check  # do both compute the same losses?
 
@@ -14,18 +13,18 @@ with small stand-ins for the old libraries around it, or by --peer-python with t
 another interpreter (transformers 4.28.1, timm 0.4.12 were tried).
 """
 
-import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from base.errors import UserError
-from benchmarks.inputs import ALPHA, PEER_FILE, QUEUE_SIZE, left, synthetic_batch
-from benchmarks.runner import OURS, PEER, TrainOptions, check_peer, device_of, run_side
+from benchmarks.inputs import ALPHA, QUEUE_SIZE, left, synthetic_batch
+from benchmarks.runner import OURS, PEER, TrainOptions, check_peer, device_of, take_turns
 from benchmarks.steps import compare_steps, mfu, settings, training_step
 from benchmarks.table import Column, publish
+from dataset.text.wordpiece import mlm_targets
 from models.fusion.dvae import ImageTokenizer, TokenizerConfig
 from models.fusion.momentum import MomentumPairs
 from models.fusion.simla import Simla, SimlaConfig
@@ -38,8 +37,6 @@ CHECKOUT_FILES = {"simla": "models/simla/pretrain.py", "albef": "models/model_pr
 
 @dataclass
 class Config(TrainOptions):
-    """What to measure."""
-
     system: str = knob("simla", "which model", choices=("simla", "albef"))
     batch: int = knob(4, f"samples a step; with --peer a divisor of {QUEUE_SIZE}", low=2)
     same_losses: bool = knob(
@@ -65,17 +62,12 @@ def model_config(options: SimpleNamespace, compat: str = "none") -> SimlaConfig:
 
 
 def training_batch(options: SimpleNamespace) -> dict[str, Tensor]:
-    """The common batch as the model's forward takes it, masked positions padded to 32."""
+    """The common batch as the model's forward takes it."""
     batch = synthetic_batch(options.batch)
-    labels = batch["mlm_labels"].flatten()
-    positions = (labels >= 0).nonzero().flatten()
-    padding = (0, -len(positions) % 32)
-    batch["mlm_positions"] = nn.functional.pad(positions, padding)
-    batch["mlm_labels"] = nn.functional.pad(labels[positions], padding, value=-100)
+    batch["mlm_positions"], batch["mlm_labels"] = mlm_targets(batch["mlm_labels"])
     batch["alpha"] = torch.tensor(ALPHA)
     if options.system == "albef":
-        del batch["token_image"]
-        del batch["patch_mask"]
+        del batch["token_image"], batch["patch_mask"]
     return {name: value.to(options.device) for name, value in batch.items()}
 
 
@@ -84,22 +76,19 @@ def ours(options: SimpleNamespace) -> dict:
     torch.manual_seed(0)
     model = Simla(model_config(options)).to(options.device)
     batch = training_batch(options)
-    tokenizer = None
-    if options.system == "simla":
+    token_image = batch.pop("token_image", None)
+    if token_image is not None:
         config = TokenizerConfig(width=8) if options.tiny else TokenizerConfig()
         tokenizer = ImageTokenizer(config, with_decoder=False).freeze(options.precision)
         tokenizer = tokenizer.to(options.device)
         if options.compile:
             tokenizer.compiled()
-        token_image = batch.pop("token_image")
-        batch["visual_codes"] = torch.zeros_like(batch["patch_mask"], dtype=torch.int64)
     pairs = MomentumPairs(model)
 
     def before() -> None:
-        if tokenizer is not None:
-            positions = model.mim_positions(batch["patch_mask"])
+        if token_image is not None:
+            positions = batch["mim_positions"] = model.mim_positions(batch["patch_mask"])
             batch["visual_codes"] = tokenizer.codes_at(token_image, positions)
-            batch["mim_positions"] = positions
         pairs.update()
 
     result = training_step(
@@ -113,17 +102,15 @@ def ours(options: SimpleNamespace) -> dict:
 
 def our_losses(options: SimpleNamespace) -> dict:
     """Losses with the peer's weights and codes, no dropout, the likeliest negatives."""
-    saved = left(options, PEER_FILE)
+    saved = left(options)
     model = Simla(model_config(options, compat="original")).to(options.device).eval()
     model.load_state_dict(saved["model"])
     batch = training_batch(options)
     if batch.pop("token_image", None) is not None:
         batch["visual_codes"] = saved["visual_codes"].to(options.device)
 
-    def likeliest(i2t: Tensor, t2i: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
-        images = t2i.masked_fill(same, -torch.inf).argmax(-1)
-        texts = i2t.masked_fill(same, -torch.inf).argmax(-1)
-        return images, texts
+    def likeliest(i2t: Tensor, t2i: Tensor, same: Tensor) -> tuple[Tensor, ...]:
+        return tuple(each.masked_fill(same, -torch.inf).argmax(-1) for each in (t2i, i2t))
 
     model.sample_negatives = likeliest
     MomentumPairs(model).update()
@@ -136,11 +123,8 @@ def compare_losses(config: Config) -> None:
     """Publish both sides' losses with equal weights, masks and negatives, no dropout."""
     # the original first, it leaves the weights
     sides = {PEER: "benchmarks.peers.fusion:losses", OURS: "benchmarks.pretrain:our_losses"}
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for side, function in sides.items():
-            found[side] = run_side(side, function, config, exchange=folder)["losses"]
-    ours, theirs = found[OURS], found[PEER]
+    results = take_turns(replace(config, repeats=1, busy=True), sides)
+    ours, theirs = (runs[0]["losses"] for runs in results.values())
     difference = {name: abs(ours[name] - value) / abs(value) for name, value in theirs.items()}
     results = {OURS: [ours], PEER: [theirs], "relative difference": [difference]}
     columns = [Column(name, name, "{:.7g}") for name in theirs]
@@ -155,9 +139,7 @@ def main(config: Config) -> None:
         raise UserError("--check compares with the original: name its checkout with --peer PATH")
     check_peer(config, CHECKOUT_FILES[config.system], config.system.upper())
     if config.peer and QUEUE_SIZE % config.batch:
-        raise UserError(
-            f"--batch {config.batch}: the original's queue wants a divisor of {QUEUE_SIZE}"
-        )
+        raise UserError(f"--batch {config.batch}: the original wants a divisor of {QUEUE_SIZE}")
     if config.same_losses:
         compare_losses(config)
         return

@@ -7,14 +7,13 @@
 Cases: `1` and `8`, the top 20 labels of so many images, cut off at three tokens (two and a
 delimiter); `train`, a step of four images with five labels each. The network is random: image tower
 256 wide, 6 blocks, 256 image tokens of 224 px; decoder 512 wide, 4 blocks, 32,002 tokens.
-The original's own functions run with equal weights, and its labels and losses are compared with
-ours. It pads texts to 512 positions and computes the caption's branch, whose weight is 0.
---precision is that of both training steps.
+The original's own functions run with equal weights, in training under our loop and optimizer, and
+its labels and losses are compared with ours. It pads texts to 512 positions and computes the
+caption's branch, whose weight is 0. --precision is that of both training steps.
 """
 
 import itertools
 import re
-import tempfile
 import zlib
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.child import measure
-from benchmarks.inputs import PEER_FILE, left
+from benchmarks.inputs import left
 from benchmarks.runner import OURS, PEER, TrainOptions, check_peer, device_of, take_turns
 from benchmarks.steps import training_step
 from benchmarks.table import MEMORY, Column, publish
@@ -44,6 +43,7 @@ PROMPT = "The objects in the image are"
 LENGTH = 512  # positions of the original's sequences, image tokens included
 LABEL_TOKENS = 3  # that a label is cut off at
 TRAINED_BLOCKS = 2  # of the image tower, the last ones
+ADAMW = Optimizer(lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
 CASES = {"1": 1, "8": 8, "train": 0}  # images labelled
 COLUMNS = [
     Column("seconds", "seconds"),
@@ -58,8 +58,6 @@ COLUMNS = [
 
 @dataclass
 class Config(TrainOptions):
-    """What to measure."""
-
     cases: list[str] = knob(list(CASES), "cases to measure", choices=tuple(CASES))
     labels: int = knob(20, "labels of an image", low=1)
     batch: int = knob(4, "images of a training step", low=1)
@@ -135,7 +133,7 @@ def build_model(options: SimpleNamespace) -> Nxtp:
     )
     llama = LlamaConfig(vocab_size=Words.vocab_size, **decoder)
     model = Nxtp(NxtpConfig(tower, llama, trained_rows=(IMAGE,)))
-    weights = left(options, PEER_FILE)
+    weights = left(options)
     if weights:
         model.load_state_dict(weights)
     return model.to(options.device)
@@ -166,9 +164,8 @@ def train(options: SimpleNamespace) -> dict:
     batch = pad_batch(texts, Words.pad)
     batch["image"] = images(options.batch)
     freeze(model)
-    adamw = Optimizer(lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
     # the only loss with a weight
-    return training_step(model, batch, lambda losses: losses["loss_objs"], adamw, options)
+    return training_step(model, batch, lambda losses: losses["loss_objs"], ADAMW, options)
 
 
 def add_figures(results: dict[str, list[dict]], count: int) -> None:
@@ -191,19 +188,18 @@ def add_figures(results: dict[str, list[dict]], count: int) -> None:
 def main(config: Config) -> None:
     check_peer(config, "src/decoding.py", "NXTP")
     results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for case in config.cases:
-            images = CASES[case]
-            what = "label" if images else "train"
-            # the original first: it leaves the weights
-            sides = {PEER: f"benchmarks.peers.nxtp:{what}"} if config.peer else {}
-            sides[OURS] = f"benchmarks.recognition:{what}"
-            found = take_turns(config, sides, exchange=folder, images=images)
-            add_figures(found, images * config.labels or config.batch)
-            name = f"top {config.labels}, case {case}"
-            if case == "train":
-                name = f"training step, {config.batch} images"
-            results |= {f"{name}: {side}": runs for side, runs in found.items()}
+    for case in config.cases:
+        images = CASES[case]
+        what = "label" if images else "train"
+        # the original first: it leaves the weights
+        sides = {PEER: f"benchmarks.peers.nxtp:{what}"} if config.peer else {}
+        sides[OURS] = f"benchmarks.recognition:{what}"
+        found = take_turns(config, sides, images=images)
+        add_figures(found, images * config.labels or config.batch)
+        name = f"top {config.labels}, case {case}"
+        if case == "train":
+            name = f"training step, {config.batch} images"
+        results |= {f"{name}: {side}": runs for side, runs in found.items()}
     title = ["Recognition"] + ["51.5M parameters"] * (not config.tiny)
     title += [*config.cases, config.precision, device_of(config)]
     title += ["against the original"] * bool(config.peer)

@@ -13,7 +13,6 @@ weights are then ours. The table has the time that COCO's test would take by the
 
 import itertools
 import statistics
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -24,13 +23,13 @@ from torch import Tensor
 from base.distributed import alone
 from base.errors import UserError
 from benchmarks.child import marking, now
-from benchmarks.inputs import PEER_FILE, left, synthetic_split
+from benchmarks.inputs import left, synthetic_split
 from benchmarks.pretrain import model_config
 from benchmarks.runner import OURS, PEER, PeerOptions, check_peer, device_of, take_turns
 from benchmarks.table import Column, publish
 from evaluation.retrieval import FILL, Captions, rank
 from models.fusion.retrieval import Retrieval, RetrievalConfig
-from models.weights.loading import load_checkpoint
+from models.weights.albef import start_from
 from runtime.config.cli import knob, run_script
 from runtime.run import evaluating
 
@@ -51,8 +50,6 @@ CHECKOUT_FILES = {"simla": "models/simla/retrieval.py", "albef": "models/model_r
 
 @dataclass
 class Config(PeerOptions):
-    """What to measure."""
-
     system: str = knob("simla", "which model", choices=("simla", "albef"))
     images: int = knob(12, f"images; each has {CAPTIONS} captions", low=2)
     k_test: int = knob(8, "candidates of an image or caption; at most as many as images", low=1)
@@ -68,13 +65,13 @@ def ours(options: SimpleNamespace) -> dict:
     """ViT-B/16 at 384 px and BERT-base with the weights of the peer, else random ones: clock and
     CPU time at the start, where matching begins and at the end, as `marks`; and if the peer left
     scores, how far the rankings agree."""
-    peer = left(options, PEER_FILE)
+    peer = left(options)
     torch.manual_seed(0)
     config = model_config(options)
     vit = replace(config.vit, image_size=384, mask_token=False)
     model = Retrieval(RetrievalConfig(vit=vit, bert=config.bert, queue_size=64))
     if peer:
-        load_checkpoint(model, peer["model"], allowed_missing=("*_m.*", "*queue*"))
+        start_from(model, peer["model"], "retrieval")
     model.to(options.device)
     images, ids, mask = synthetic_split(options.images, options.captions)
     captions = Captions(ids, mask, torch.arange(len(ids)) % len(images))
@@ -142,8 +139,7 @@ def main(config: Config) -> None:
     sides = {PEER: "benchmarks.peers.fusion:evaluate"} if config.peer else {}  # leaves the weights
     sides[OURS] = "benchmarks.retrieval:ours"
     captions = CAPTIONS * config.images
-    with tempfile.TemporaryDirectory() as folder:
-        results = take_turns(config, sides, exchange=folder, captions=captions)
+    results = take_turns(config, sides, captions=captions)
     for run in itertools.chain(*results.values()):
         run.update(rates(run, config))
     remark = results[OURS][0].get("agreement", "")

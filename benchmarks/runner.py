@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -128,38 +129,34 @@ def run_side(name: str, function: str, options: Options, processes: int = 0, **m
     env = dict(os.environ, OMP_WAIT_POLICY="PASSIVE", TF_CPP_MIN_LOG_LEVEL="3")
     env.update(OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads)
     command.append(json.dumps(given, default=str))
-    begin = time.perf_counter()
-    busy = busy_seconds()
-    before = os.times()
+    begin, busy = os.times(), busy_seconds()
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    end, busy = os.times(), busy_seconds() - busy
     if done.returncode:
         error = done.stderr.strip()[-3000:]
         raise UserError(f"{name} failed (exit {done.returncode}):\n{error}")
+    spent = sum(end[2:4]) - sum(begin[2:4])  # of child processes
+    others = max(0.0, (busy - spent) / (end.elapsed - begin.elapsed))
     result = json.loads(done.stdout.strip().splitlines()[-1])
-    after = os.times()
-    spent = after.children_user + after.children_system
-    result["spent"] = spent - before.children_user - before.children_system
-    others = busy_seconds() - busy - result["spent"]
-    result["others"] = max(0.0, others / (time.perf_counter() - begin))
-    return result
+    return {**result, "spent": spent, "others": others}
 
 
 def take_turns(options: Options, sides: dict[str, str], **more) -> dict[str, list[dict]]:
     """All measurements {the side's name: [results]}, ours first, each with the `load` before it.
 
     They run in turn in the order of `sides`, every second time in reverse; each is given the number
-    of its `turn`.
+    of its `turn`, and the folder `exchange` that they share.
     """
-    results: dict[str, list[dict]] = {
-        name: [] for name in sorted(sides, key=lambda name: name != OURS)
-    }
     order = list(sides)
-    for turn in range(options.repeats):
-        for name in order:
-            load = idle_load(options)
-            result = run_side(name, sides[name], options, turn=turn, **more)
-            results[name].append({**result, "load": load})
-            figures = {n: round(v, 3) for n, v in result.items() if isinstance(v, int | float)}
-            print(f"{name} {turn + 1}/{options.repeats}: {figures}", flush=True)
-        order.reverse()
+    results = {name: [] for name in sorted(order, key=lambda name: name != OURS)}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(options.repeats):
+            for name in order:
+                load = idle_load(options)
+                given = {"exchange": folder, "turn": turn, **more}
+                result = run_side(name, sides[name], options, **given)
+                results[name].append({**result, "load": load})
+                figures = {n: round(v, 3) for n, v in result.items() if isinstance(v, int | float)}
+                print(f"{name} {turn + 1}/{options.repeats}: {figures}", flush=True)
+            order.reverse()
     return results

@@ -51,8 +51,6 @@ COLUMNS = [
 
 @dataclass
 class Config(Options):
-    """What to measure."""
-
     shards: int = knob(70_000, "shards", low=8)
     samples: int = knob(10_000, "samples of a shard", low=64)
     ranks: int = knob(4, "processes of the training", low=1)
@@ -74,9 +72,9 @@ def make_shards(folder: Path, config: Config) -> None:
     for number in range(config.shards):
         shard = folder / f"{number:05d}.tar"
         if number % LINKS == 0:
-            write_shard(shard, ((f"{n:09d}", sample) for n in range(config.samples)))
-            write_statistics(shard, config.samples)
             first = shard
+            write_shard(first, ((f"{n:09d}", sample) for n in range(config.samples)))
+            write_statistics(first, config.samples)
         else:
             os.link(first, shard)
             os.link(statistics_file(first), statistics_file(shard))
@@ -94,8 +92,7 @@ def start(options: SimpleNamespace) -> dict | None:
 
     def timed(name: str, function: Callable) -> object:
         result, seconds = measure_once(function)
-        figures[name] = seconds["seconds"]
-        figures[f"{name}_cpu"] = seconds["cpu_seconds"]
+        figures.update({name: seconds["seconds"], f"{name}_cpu": seconds["cpu_seconds"]})
         return result
 
     def load(state: dict | None = None):
@@ -133,10 +130,9 @@ def main(config: Config) -> None:
             make_shards(folder, config)
         sides = {OURS: "benchmarks.startup:start"}
         runs = take_turns(config, sides, processes=config.ranks, folder=folder.resolve())[OURS]
-    results: dict[str, list[dict]] = {f"rank {number}": [] for number in range(config.ranks)}
-    for run in runs:
-        for side, figures in zip(results, run["ranks"], strict=True):
-            results[side].append({**run, **figures})
+    results = {}
+    for number in range(config.ranks):
+        results[f"rank {number}"] = [{**run, **run["ranks"][number]} for run in runs]
     title = [f"Start-up on {config.shards * config.samples:,} samples in {config.shards:,} shards"]
     publish(config, "startup", [*title, f"{config.ranks} ranks"], results, COLUMNS)
 

@@ -1,7 +1,5 @@
 """Training steps of networks in PyTorch under one loop, their MFU and their table."""
 
-import itertools
-import time
 from collections.abc import Callable, Collection
 from types import SimpleNamespace
 
@@ -9,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from base.distributed import alone
-from benchmarks.child import measure
+from benchmarks.child import measure, measure_once
 from benchmarks.runner import OURS, TrainOptions, device_of, take_turns
 from benchmarks.table import FASTER, FASTER_CPU, MEMORY, Column, publish
 from runtime.flops import peak_flops
@@ -79,22 +77,15 @@ def mfu(flops: float, result: dict, options: SimpleNamespace) -> float:
         return flops / result["seconds"] / peak if peak else 0.0
     size = 256 if options.tiny else 2048
     matrix = torch.randn(size, size, dtype=PRECISIONS[options.precision])
-    seconds = []
-    for _ in range(5):
-        begin = time.process_time()
-        matrix @ matrix
-        seconds.append(time.process_time() - begin)
-    return flops / result["cpu_seconds"] * min(seconds) / (2 * size**3)
+    seconds = min(measure_once(lambda: matrix @ matrix)[1]["cpu_seconds"] for _ in range(5))
+    return flops / result["cpu_seconds"] * seconds / (2 * size**3)
 
 
 def settings(options: TrainOptions) -> list[str]:
     """Words of a title for the options that all benchmarks of training steps have."""
     words = [f"batch {options.batch}", options.precision, device_of(options)]
-    if options.compile:
-        words.append("compiled")
-    if options.activation_checkpointing:
-        words.append("activation checkpointing")
-    return words
+    words += ["compiled"] * options.compile
+    return words + ["activation checkpointing"] * options.activation_checkpointing
 
 
 def compare_steps(
@@ -102,10 +93,10 @@ def compare_steps(
 ) -> None:
     """Measure the training steps of all sides and publish their table."""
     results = take_turns(options, sides)
-    for run in itertools.chain(*results.values()):
-        run["rate"] = options.batch / run["seconds"]
     remark = f"{results[OURS][0]['parameters'] / 1e6:.1f} million parameters."
     for side, runs in results.items():
+        for run in runs:
+            run["rate"] = options.batch / run["seconds"]
         if "library" in runs[0]:
             remark += f" {side}: {runs[0]['library']}, float32."
     publish(options, name, title, results, COLUMNS, remark)

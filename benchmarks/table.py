@@ -88,14 +88,14 @@ def machine(options: Options) -> str:
 
 def load_note(runs: list[dict]) -> str:
     """The load before and during the measurements, with a warning; empty if nothing was timed."""
-    before = [run["load"] for run in runs if "load" in run]
-    if not before:
+    if "load" not in runs[0]:
         return ""
+    before = max(run["load"] for run in runs)
     during = statistics.median(run.get("others", 0.0) for run in runs)
-    if max(before) < IDLE_LOAD and during < IDLE_LOAD:
-        return f" Load {max(before):.2f} at the start, {during:.2f} meanwhile."
+    if before < IDLE_LOAD and during < IDLE_LOAD:
+        return f" Load {before:.2f} at the start, {during:.2f} meanwhile."
     return (
-        f" Other work was running (load {max(before):.1f} at the start, {during:.1f} meanwhile): "
+        f" Other work was running (load {before:.1f} at the start, {during:.1f} meanwhile): "
         "times by the clock are disturbed."
     )
 

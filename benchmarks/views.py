@@ -48,8 +48,6 @@ COLUMNS = [
 
 @dataclass
 class Config(Options):
-    """What to measure."""
-
     items: int = knob(200, "samples of each pipeline", low=10)
     threads: int = restated(Options, "threads", 1)
     report: str = restated(Options, "report", "")
@@ -58,19 +56,16 @@ class Config(Options):
 def write_images(folder: Path) -> int:
     """Write smooth images with some grain and the zip file; returns the mean size in bytes."""
     rng = torch.Generator().manual_seed(0)
-    sizes = []
     for number in range(IMAGES):
         coarse = torch.rand(1, 3, HEIGHT // 16, WIDTH // 16, generator=rng)
         smooth = torch.nn.functional.interpolate(coarse, (HEIGHT, WIDTH), mode="bicubic")[0]
         grain = 0.09 * torch.randn(3, HEIGHT, WIDTH, generator=rng)
         pixels = (smooth + grain).clamp(0, 1).mul(255).byte().permute(1, 2, 0).numpy()
-        path = folder / f"{number:03d}.jpg"
-        Image.fromarray(pixels).save(path, "JPEG", quality=80)
-        sizes.append(path.stat().st_size)
-    with zipfile.ZipFile(folder / ZIP, "w", zipfile.ZIP_STORED) as bundle:
+        Image.fromarray(pixels).save(folder / f"{number:03d}.jpg", "JPEG", quality=80)
+    with zipfile.ZipFile(folder / ZIP, "w") as bundle:
         for number in range(MEMBERS):
             bundle.write(folder / f"{number % IMAGES:03d}.jpg", f"{number:03d}.jpg")
-    return sum(sizes) // len(sizes)
+    return sum(file.stat().st_size for file in folder.glob("*.jpg")) // IMAGES
 
 
 def published_views() -> Callable:
@@ -95,42 +90,40 @@ def rates(options: SimpleNamespace) -> dict:
     folder = Path(options.exchange)
     texts = TextViews(TextOptions(), local=2)
     tokenizer = ClipTokenizer()
-    views = ImageViews(224, ViewOptions()) if options.side == OURS else published_views()
+    ours = options.side == OURS
+    views = ImageViews(224, ViewOptions()) if ours else published_views()
 
-    def read(file: Path, member: str) -> bytes:
-        if options.side == OURS:
-            return read_member(file, member)
-        return zipfile.ZipFile(file).read(member)
+    def read(member: str) -> bytes:
+        zip = folder / ZIP
+        return read_member(zip, member) if ours else zipfile.ZipFile(zip).read(member)
 
     def decode(name: str) -> torch.Tensor | Image.Image:
         """FILE, or ZIP/MEMBER."""
-        if options.side == OURS:
+        if ours:
             return decode_image(image_source(folder, name), name)
         inside, _, member = name.rpartition("/")
-        file = io.BytesIO(read(folder / ZIP, member)) if inside else folder / name
-        return Image.open(file).convert("RGB")
+        return Image.open(io.BytesIO(read(member)) if inside else folder / name).convert("RGB")
 
-    def sample(name: str, number: int) -> tuple:
-        tokens = tokenizer(texts([CAPTIONS[number % len(CAPTIONS)]]))
-        return views(decode(name)), tokens
+    def sample(name: str, n: int) -> tuple:
+        return views(decode(name)), tokenizer(texts([CAPTIONS[n % len(CAPTIONS)]]))
 
-    files = [f"{number % IMAGES:03d}.jpg" for number in range(options.items)]
+    files = [f"{n % IMAGES:03d}.jpg" for n in range(options.items)]
     # in an order that jumps about the zip file
-    members = [f"{number * 37 % MEMBERS:03d}.jpg" for number in range(options.items)]
+    members = [f"{n * 37 % MEMBERS:03d}.jpg" for n in range(options.items)]
     pipelines = {
         "decode": lambda n: decode(files[n]),
-        "read a zip member": lambda n: read(folder / ZIP, members[n]),
+        "read a zip member": lambda n: read(members[n]),
         "decode, 3 views": lambda n: views(decode(files[n])),
         "sample from files": lambda n: sample(files[n], n),
         "sample from zips": lambda n: sample(f"{ZIP}/{members[n]}", n),
     }
     found = {}
     for name, make in pipelines.items():
-        for number in range(WARMUP):
-            make(number)
+        for n in range(WARMUP):
+            make(n)
         begin = time.process_time()
-        for number in range(options.items):
-            make(number)
+        for n in range(options.items):
+            make(n)
         found[name] = options.items / (time.process_time() - begin)
     return {"rates": found}
 
@@ -143,8 +136,7 @@ def main(config: Config) -> None:
     results = {}
     for name in runs[OURS][0]["rates"]:
         for side in sides:
-            figures = [{**run, "rate": run["rates"][name]} for run in runs[side]]
-            results[f"{name}: {side}"] = figures
+            results[f"{name}: {side}"] = [{**run, "rate": run["rates"][name]} for run in runs[side]]
     title = ["Input pipeline", f"{WIDTH} x {HEIGHT} JPEGs of {size / 1000:.0f} kB"]
     publish(config, "views", title, results, COLUMNS)
 

@@ -27,8 +27,6 @@ TIMM, TRANSFORMERS = "timm", "transformers"
 
 @dataclass
 class Config(TrainOptions):
-    """What to measure."""
-
     model: str = knob("vit-b/16", "network", choices=("vit-b/16", "vit-l/16"))
     image_size: int = knob(224, "side of the images in pixels", low=16)
     classes: int = knob(21841, "classes", low=2)
@@ -54,12 +52,9 @@ class Foreign(nn.Module):
 def build_model(options: SimpleNamespace) -> nn.Module:
     """The network of one side, with random weights; tiny: 2 blocks of width 32."""
     torch.manual_seed(0)
-    config = ClassifierConfig(
-        model="vit-mu/16" if options.tiny else options.model,
-        image_size=options.image_size,
-        num_classes=options.classes,
-        loss="sigmoid",
-    )
+    name = "vit-mu/16" if options.tiny else options.model
+    sizes = {"image_size": options.image_size, "num_classes": options.classes}
+    config = ClassifierConfig(model=name, loss="sigmoid", **sizes)
     vit = config.vit
     if options.side == OURS:
         return VisionClassifier(replace(config, representation_size=vit.width))

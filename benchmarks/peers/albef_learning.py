@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.inputs import CROP_SCALE, SMALL_IMAGE, SMALL_VIT
+from benchmarks.inputs import CROP_SCALE, SMALL_IMAGE, SMALL_VIT, seed_and_run
 from benchmarks.peers.stand_ins import Outputs, prepare, stand_in, start_process_group
 from dataset.text.wordpiece import Tokenizer
 
@@ -69,18 +69,16 @@ def train(options: types.SimpleNamespace) -> dict:
         return create_optimizer(options, model)
 
     pretrain.create_optimizer = with_fixed_temperature
-    folder = Path(options.folder)
-    seed = options.seeds[options.turn]
-    run = folder / f"{options.side}_{seed}"
-    run.mkdir(exist_ok=True)
+    found = seed_and_run(options)
+    Path(found["run"]).mkdir(exist_ok=True)
     pretrain.args = types.SimpleNamespace(
-        checkpoint=folder / f"start_{seed}.pth",
+        checkpoint=f"{options.folder}/start_{found['seed']}.pth",
         resume=False,
-        output_dir=run,
+        output_dir=found["run"],
         text_encoder=f"{options.data}/tokenizer",
         device=options.device,
-        seed=seed,
+        seed=found["seed"],
         distributed=False,
     )
-    pretrain.main(pretrain.args, json.loads((folder / "albef.yaml").read_text()))
+    pretrain.main(pretrain.args, json.loads(Path(options.folder, "albef.yaml").read_text()))
     return {}

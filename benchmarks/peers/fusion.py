@@ -1,39 +1,26 @@
 """The originals' sides of benchmarks.pretrain and benchmarks.retrieval, SIMLA or ALBEF.
 
-The checkout's numeric code runs as it is. Around it, what it needs to start today: random weights
-instead of downloads, a process group of one, and stand-ins for old libraries (stand_ins.py).
+The checkout's numeric code and recipes are as they are. Around them, what they need to start today:
+random weights instead of downloads, a process group of one, and stand-ins for old libraries
+(stand_ins.py).
 """
 
 import importlib
-import sys
 import types
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from benchmarks import inputs
 from benchmarks.child import marking, measure, now
-from benchmarks.peers.stand_ins import Missing, Outputs, prepare, stand_in, start_process_group
+from benchmarks.peers.stand_ins import Outputs, prepare, stand_in, start_process_group
 
-CONFIG = {  # of both tasks
-    "vision_width": 768,
-    "embed_dim": 256,
-    "temp": 0.07,
-    "mlm_probability": 0.15,
-    "momentum": 0.995,
-    "from_scratch": True,  # SIMLA: no DeiT download
-    "distill": True,  # this and the next as in its retrieval configurations
-    "vit_mask_token": False,
-}
-SIZES = {
-    "pretrain": {"image_res": inputs.IMAGE_SIZE, "queue_size": inputs.QUEUE_SIZE},
-    "retrieval": {"image_res": 384, "queue_size": 64},
-}
-BERT_FILES = {"simla": "configs/shared_bert.json", "albef": "configs/config_bert.json"}
+RECIPES = {"pretrain": "configs/Pretrain.yaml", "retrieval": "configs/Retrieval_coco.yaml"}
 FETCH_DEIT = {("simla", "retrieval"), ("albef", "pretrain")}  # unless init_deit is False
 LOSSES = ("loss_mlm", "loss_ita", "loss_itm", "loss_mim", "loss_pseudo")  # as both return them
-UNUSED = ("dataset", "scheduler", "optim", "ruamel_yaml", "ruamel.yaml")  # by the evaluation
+UNUSED = "dataset scheduler optim ruamel_yaml ruamel.yaml models.tokenization_bert"  # to evaluate
 
 
 def build_model(options: types.SimpleNamespace, task: str) -> nn.Module:
@@ -42,16 +29,14 @@ def build_model(options: types.SimpleNamespace, task: str) -> nn.Module:
     source = importlib.import_module(f"models.simla.{task}" if simla else f"models.model_{task}")
     bert = source.BertForMaskedLM if task == "pretrain" else source.BertModel
     bert.from_pretrained = classmethod(lambda cls, name, config, **more: cls(config, **more))
-    file = Path(options.peer) / BERT_FILES[options.system]
+    checkout = Path(options.peer)
+    config = yaml.safe_load((checkout / RECIPES[task]).read_text())
+    config |= {"bert_config": str(checkout / config["bert_config"]), "from_scratch": True}
     special = {"pad_token_id": 0, "cls_token_id": inputs.CLS, "mask_token_id": inputs.MASK}
-    given = {
-        "text_encoder": "bert-base-uncased",
-        "tokenizer": types.SimpleNamespace(vocab_size=inputs.VOCABULARY, **special),
-        "config": {**CONFIG, **SIZES[task], "bert_config": str(file)},
-    }
-    if (options.system, task) in FETCH_DEIT:
-        given["init_deit"] = False
-    return source.SIMLA(**given) if simla else source.ALBEF(**given)
+    tokenizer = types.SimpleNamespace(vocab_size=inputs.VOCABULARY, **special)
+    given = {"init_deit": False} if (options.system, task) in FETCH_DEIT else {}
+    network = source.SIMLA if simla else source.ALBEF
+    return network(text_encoder="bert-base-uncased", tokenizer=tokenizer, config=config, **given)
 
 
 # ---- pre-training
@@ -113,11 +98,10 @@ def losses(options: types.SimpleNamespace) -> dict:
     model.eval()
     inputs.shake(model)
     inputs.pin_choices()
-    state = {name: value.clone() for name, value in model.state_dict().items()}
     model.mask = lambda ids, *args, **kwargs: (batch["mlm_ids"], batch["mlm_labels"])
     given = arguments(batch, tokenizer)
-    saved = {"model": state, "visual_codes": given.get("visual_token_ids")}
-    inputs.leave(options, inputs.PEER_FILE, saved)
+    codes = given.get("visual_token_ids")
+    inputs.leave(options, {"model": model.state_dict(), "visual_codes": codes})
     with torch.no_grad():
         values = model(**given)
     return {"losses": {name: value.item() for name, value in zip(LOSSES, values, strict=False)}}
@@ -133,10 +117,9 @@ def evaluate(options: types.SimpleNamespace) -> dict:
     begins. Leaves weights and scores."""
     torch.manual_seed(0)
     prepare(options)
-    for name in UNUSED:
-        stand_in(name)
     importlib.import_module("models")
-    sys.modules["models.tokenization_bert"] = Missing("models.tokenization_bert")
+    for name in UNUSED.split():
+        stand_in(name)
     script = importlib.import_module("Retrieval")
     script.args = types.SimpleNamespace(distributed=False)
     model = build_model(options, "retrieval").to(options.device)
@@ -155,11 +138,6 @@ def evaluate(options: types.SimpleNamespace) -> dict:
         model, split, tokenizer, torch.device(options.device), {"k_test": options.k_test}
     )
     marks.append(now(options.device))
-    own = {
-        name: value
-        for name, value in model.state_dict().items()
-        if "_m." not in name and "queue" not in name
-    }
     matrices = [torch.from_numpy(matrix) for matrix in scores]
-    inputs.leave(options, inputs.PEER_FILE, {"model": own, "scores": matrices})
+    inputs.leave(options, {"model": model.state_dict(), "scores": matrices})
     return {"marks": marks}

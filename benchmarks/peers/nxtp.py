@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from benchmarks import recognition as bench
 from benchmarks.child import measure
-from benchmarks.inputs import PEER_FILE, leave, left
+from benchmarks.inputs import leave
 from benchmarks.peers.stand_ins import Missing, open_checkout, stand_in
-from runtime.optim.build import PRECISIONS
+from benchmarks.steps import training_step
 
 
 class LayerNorm(nn.LayerNorm):
@@ -73,9 +73,7 @@ def start(options: types.SimpleNamespace) -> tuple:
     model = classifier(vision_encoder=encoder, language_decoder=lang.LLaMATransformer(arguments))
     with torch.no_grad():  # the head of a trained network is sharper than torch's default
         model.language_decoder.output.weight.mul_(8)
-    if left(options, PEER_FILE) is None:
-        leave(options, PEER_FILE, model.state_dict())
-    model.load_state_dict(left(options, PEER_FILE))
+    leave(options, model.state_dict())
     return model.to(options.device), encoding, settings
 
 
@@ -117,44 +115,33 @@ def next_token_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def train(options: types.SimpleNamespace) -> dict:
-    """A step as its training loop takes it, with both branches; `loss` is the first one's."""
+    """A step of both branches as its training loop computes them, under our loop and optimizer."""
     model, encoding, settings = start(options)
-    model.train()
-    words = bench.Words()
-    images = bench.images(options.batch).to(options.device)
-    captions = bench.captions(options.batch)
+    words, captions = bench.Words(), bench.captions(options.batch)
     bench.freeze(model)
     table = model.language_decoder.tok_embeddings.weight
     trained_row = torch.zeros_like(table)
     trained_row[bench.IMAGE] = 1
     table.register_hook(lambda grad: grad.mul_(trained_row))
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=True
-    )
     decode = model.language_decoder.forward
-    dtype = PRECISIONS[options.precision]
-    losses = []
 
-    def step() -> None:
-        with torch.autocast(options.device, dtype, enabled=dtype is not None):
-            tokens = model.decode_images(model.encode_images(images))[:, 1:]
-            count = tokens.shape[1]
-            texts = encoding.construct_text_inputs(settings, captions, words, offset=count)
-            ids = [part.to(images.device) for part in texts[:2]]
-            embedded = [table[part] for part in ids]
-            caption, labels, seen = encoding.construct_embd_inputs(
-                tokens, *embedded, *texts[4:], *ids, words
-            )
-            shared = {"dummy_token_index": 0, "offset": count, "prefix_image_tok_embeds": True}
-            caption_loss = next_token_loss(decode(caption, **shared), texts[2])
-            logits = decode(
-                labels, input_tokens=seen, decouple_label_tok_embeds=True, is_train=True, **shared
-            )
-            label_loss = next_token_loss(logits, texts[3])
-        losses.append(label_loss.item())
-        (caption_loss * 0.0 + label_loss * 1.0).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def loss_of(image: Tensor) -> Tensor:
+        tokens = model.decode_images(model.encode_images(image))[:, 1:]
+        count = tokens.shape[1]
+        texts = encoding.construct_text_inputs(settings, captions, words, offset=count)
+        ids = [part.to(image.device) for part in texts[:2]]
+        embedded = [table[part] for part in ids]
+        caption, labels, seen = encoding.construct_embd_inputs(
+            tokens, *embedded, *texts[4:], *ids, words
+        )
+        shared = {"dummy_token_index": 0, "offset": count, "prefix_image_tok_embeds": True}
+        caption_loss = next_token_loss(decode(caption, **shared), texts[2])
+        logits = decode(
+            labels, input_tokens=seen, decouple_label_tok_embeds=True, is_train=True, **shared
+        )
+        return caption_loss * 0.0 + next_token_loss(logits, texts[3])
 
-    return {**measure(step, options), "loss": losses[0]}
+    model.forward = loss_of
+    options.compile = options.activation_checkpointing = False  # are ours
+    batch = {"image": bench.images(options.batch)}
+    return training_step(model, batch, lambda loss: loss, bench.ADAMW, options)

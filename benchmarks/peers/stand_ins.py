@@ -57,6 +57,7 @@ class Config(types.SimpleNamespace):
     gradient_checkpointing = chunk_size_feed_forward = False
     use_return_dict = True
     position_embedding_type = "absolute"
+    type_vocab_size, pad_token_id = 2, 0
 
     @classmethod
     def from_json_file(cls, path: str) -> "Config":
@@ -66,17 +67,11 @@ class Config(types.SimpleNamespace):
 class Pretrained(nn.Module):
     """What the originals use of transformers' base class."""
 
+    dtype = torch.float32
+
     def __init__(self, config: Config, *args, **kwargs):
         super().__init__()
         self.config = config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
 
     def init_weights(self) -> None:
         self.apply(self._init_weights)

@@ -137,6 +137,17 @@ def test_a_folder_that_is_no_checkout_is_one_error(name, file, tmp_path):
             module.main(module.Config(peer=str(tmp_path), report=""))
 
 
+def test_inputs_beside_clip_rocket_have_its_size():
+    from benchmarks.inputs import random_batch
+
+    options = SimpleNamespace(batch=1, tokens=8, tiny=True, peer=None)
+    assert random_batch(options)["image"].shape[-1] == 32
+    options.peer = "PATH"  # its network has one size, so has ours beside it
+    found = {name: tuple(value.shape) for name, value in random_batch(options).items()}
+    local = (1, 2, 3, 224, 224)
+    assert found == {"image": (1, 3, 224, 224), "text_ids": (1, 3, 77), "image_local": local}
+
+
 def test_captions_of_the_dual_encoders_end_where_they_say():
     from benchmarks.inputs import END, clip_captions
 

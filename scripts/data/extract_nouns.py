@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from base.caches import digest, file_state, have_sizes, sizes_of
+from base.caches import digest, have_sizes, sizes_of
 from base.errors import BadSample, UserError
 from base.limits import WORKERS
 from base.processes import in_processes, usable_cores
@@ -36,10 +36,12 @@ from base.reading import read_json
 from base.text import as_list, lenient_text
 from base.writing import atomic_write, check_folder_option, make_folder, write_json
 from dataset.sources.remote import plain_stream
+from dataset.sources.remote import state_of as file_or_url_state
 from dataset.sources.shard_columns import columns_of, plain_name, split_columns, with_columns
 from dataset.sources.shard_list import list_shards, shards_below, statistics_names
 from dataset.sources.tar import Sample, TarWalk, read_samples
 from dataset.sources.tar_writer import add_member
+from dataset.sources.tfrecord import is_tfrecord
 from dataset.tasks.record import captions_of
 from dataset.text.nouns import Nouns, join_nouns, make_tagger, treebank_words
 from runtime.config.cli import knob, run_script, section
@@ -150,13 +152,14 @@ def labelled(shard: str, target: Path, settings: tuple) -> dict[str, int] | None
 def state_of(shard: str, settings: tuple) -> str:
     """Changes with the source and the settings."""
     name, query = split_columns(shard)
-    made_of = shard if "://" in shard else file_state(name)
-    return digest(FORMAT, settings, made_of, *([query] if query else []))
+    return digest(FORMAT, settings, file_or_url_state(name), *([query] if query else []))
 
 
 def targets_of(shards: list[str], config: Config) -> list[Path]:
     """Where each shard is written. UserError."""
     targets = [config.target / Path(plain_name(shard)).name for shard in shards]
+    if frames := [shard for shard in shards if is_tfrecord(plain_name(shard))]:
+        raise UserError(f"{frames[0]}: TFRecord; nouns are written into WebDataset shards, .tar")
     twice = [name for name, count in Counter(targets).items() if count > 1]
     if twice:
         raise UserError(

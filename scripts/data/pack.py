@@ -9,7 +9,7 @@ set that Hugging Face's datasets saved), with paths of images or the encoded ima
 KEY.jpg (or .png ...), KEY.txt with a caption a line, and KEY.json with the other fields.
 
 Shards are written by several processes, with --slurm by the tasks of a job array. A shard that is
-there already, of the same data and settings, is kept: start the command again after an interruption.
+there already, of the same data, images and settings, is kept: start the command again after an interruption.
 Other shards in the folder, such as those of an earlier, larger packing, are refused.
 """
 
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from base.caches import digest, have_sizes, sizes_of
 from base.errors import BadSample, UserError
 from base.limits import WORKERS
+from base.pixels import pixels_digest
 from base.processes import in_processes, usable_cores
 from base.reading import read_json
 from base.text import as_list, clean_surrogates, is_blank
@@ -33,7 +34,7 @@ from base.writing import check_folder_option, make_folder, strict_json
 from base.zip_member import image_source
 from dataset.images.decode import ORIENTATION, decode_image, image_bytes, image_ending, orientation
 from dataset.sources.encoded_table import encoded_table
-from dataset.sources.records import Records
+from dataset.sources.records import Records, state_of_entries
 from dataset.sources.tables import address_state
 from dataset.sources.tar_writer import (
     check_folder,
@@ -136,15 +137,21 @@ def samples(
 def pack_shard(shard: int, config: Config, state: str) -> tuple[int, list[str]]:
     """Write one shard; returns its number of samples and what could not be packed."""
     rows = open_rows(config)
-    start = shard * config.samples_per_shard
-    numbers = range(start, min(start + config.samples_per_shard, len(rows)))
+    numbers = numbers_of(shard, rows, config)
+    made_of = state_of_shard(shard, rows, config, state)
     target = shard_path(config.target, shard)
     complaints: list[str] = []
     count = write_shard(target, samples(rows, numbers, config, complaints))
     about = {"count": len(numbers), "failed": len(complaints), "errors": complaints[:SHOWN]}
     sizes = sizes_of(config.target, [target])
-    write_statistics(target, count, **about, made_of=state, bytes=sizes)
+    write_statistics(target, count, **about, made_of=made_of, bytes=sizes)
     return count, complaints
+
+
+def numbers_of(shard: int, rows: Sequence[dict], config: Config) -> range:
+    """Which rows a shard holds."""
+    start = shard * config.samples_per_shard
+    return range(start, min(start + config.samples_per_shard, len(rows)))
 
 
 def state_of(config: Config) -> str:
@@ -153,32 +160,44 @@ def state_of(config: Config) -> str:
     return digest(config.data, state, config.samples_per_shard, config.resize, config.quality)
 
 
-def is_packed(shard: int, config: Config, state: str) -> bool:
-    """Whether a shard is there, whole, of the same data and settings."""
+def state_of_shard(shard: int, rows: Sequence[dict], config: Config, state: str) -> str:
+    """Changes with `state_of` and with the files of the shard's images, where they are not in the
+    data themselves."""
+    if not isinstance(rows, Records):
+        return state
+    return pixels_digest(
+        state, state_of_entries(rows, numbers_of(shard, rows, config), config.image_root)
+    )
+
+
+def is_packed(shard: int, rows: Sequence[dict], config: Config, state: str) -> bool:
+    """Whether a shard is there, whole, of the same data, images and settings."""
     target = shard_path(config.target, shard)
     try:
         done = read_json(statistics_file(target), dict)
     except UserError:  # missing or damaged: packed again
         return False
-    sizes = done.get("bytes", {})
-    return target.is_file() and done.get("made_of") == state and have_sizes(config.target, sizes)
+    if not (target.is_file() and have_sizes(config.target, done.get("bytes", {}))):
+        return False
+    return done.get("made_of") == state_of_shard(shard, rows, config, state)
 
 
-def number_of_shards(config: Config) -> int:
+def number_of_shards(rows: Sequence[dict], config: Config) -> int:
     """How many shards the data become."""
-    return -(-len(open_rows(config)) // config.samples_per_shard)
+    return -(-len(rows) // config.samples_per_shard)
 
 
 def pack(config: Config) -> dict[str, int]:
     """Write the shards of this task's range that are not there; returns what was done."""
     from tqdm import tqdm
 
-    total = number_of_shards(config)
+    rows = open_rows(config)
+    total = number_of_shards(rows, config)
     state = state_of(config)
     check_folder(config.target, total)
     make_folder(config.target, "--target")
     own = own_range(config.sharing, total)
-    todo = [shard for shard in own if not is_packed(shard, config, state)]
+    todo = [shard for shard in own if not is_packed(shard, rows, config, state)]
     done = {"shards": len(own), "kept": len(own) - len(todo), "samples": 0, "failed": 0}
     work = partial(pack_shard, config=config, state=state)
     results = in_processes(work, todo, config.workers)
@@ -194,9 +213,10 @@ def pack(config: Config) -> dict[str, int]:
 
 def merge(config: Config) -> dict[str, int]:
     """What all shards hold together. UserError names the ranges that are missing."""
-    total = number_of_shards(config)
+    rows = open_rows(config)
+    total = number_of_shards(rows, config)
     state = state_of(config)
-    done = [is_packed(shard, config, state) for shard in range(total)]
+    done = [is_packed(shard, rows, config, state) for shard in range(total)]
     need_all(done, str(config.target), "shards")
     files = [statistics_file(shard_path(config.target, shard)) for shard in range(total)]
     counts = [read_json(file, dict) for file in files]
@@ -208,7 +228,7 @@ def merge(config: Config) -> dict[str, int]:
 def main(config: Config) -> None:
     check_folder_option(config.target, "--target")
     if config.sharing.slurm:
-        total = number_of_shards(config)
+        total = number_of_shards(open_rows(config), config)
         check_folder(config.target, total)
         submit_array(config.sharing, total, make_folder(config.target, "--target"))
         return

@@ -186,3 +186,20 @@ def test_nothing_to_pack_is_refused(tmp_path, pairs):
         pack.pack(Config(pairs, tmp_path / "elsewhere", tmp_path / "wds", workers=1))
     with pytest.raises(UserError, match=r"^--target: is needed: folder"):
         parse(Config, ["--data", pairs])
+
+
+def test_shards_are_made_again_where_an_image_or_its_folder_is_another(tmp_path, pairs):
+    config = Config(pairs, tmp_path / "images", tmp_path / "wds", samples_per_shard=3, workers=1)
+    pack.pack(config)
+    (tmp_path / "images/4.png").write_bytes(encoded(40))
+    (tmp_path / "images/3.png").write_bytes(encoded(3))  # was missing
+    assert pack.pack(config)["kept"] == 2
+    assert pack.merge(config) == {"shards": 3, "samples": 6, "failed": 1}
+    assert encoded(40) in [record["image"] for record in packed(tmp_path / "wds")]
+    (tmp_path / "others").mkdir()
+    for number in range(7):
+        (tmp_path / f"others/{number}.png").write_bytes(encoded(100 + number))
+    config.image_root = tmp_path / "others"
+    assert pack.pack(config)["kept"] == 0
+    found = [record["image"] for record in packed(tmp_path / "wds")]
+    assert found == [encoded(100 + number) for number in (0, 1, 2, 3, 4, 6)]

@@ -12,6 +12,7 @@ import torch
 
 from base.errors import BadSample, UserError
 from dataset.loading.stream import StreamLoader
+from dataset.sources.tfrecord import encode_example, write_records
 from dataset.tasks.recognition import (
     CAPTION_PROMPTS,
     LABEL_PROMPTS,
@@ -387,6 +388,27 @@ def test_labelled_shards_are_made_again_for_other_settings_or_sources(tmp_path, 
     assert target.stat().st_mtime_ns > made
     counts, _ = labelled_shard(tmp_path, monkeypatch, ("a wolf", "a dog", "a wolf"), ("nltk",))
     assert counts["successes"] == 3
+
+
+def test_a_remote_shard_that_was_replaced_is_labelled_again(tmp_path, monkeypatch):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    monkeypatch.setattr(extract_nouns, "extractor", lambda *_: stand_in)
+    url = "memory://nouns/0.tar"
+    for captions, labelled in (("a dog", 1), ("a dog and a wolf beside it", 2)):
+        write_shard(tmp_path / "0.tar", {"000": {"jpg": jpeg(), "txt": captions.encode()}})
+        MemoryFileSystem().pipe_file("/nouns/0.tar", (tmp_path / "0.tar").read_bytes() * labelled)
+        for _ in range(2):
+            counts = extract_nouns.label_shard(url, tmp_path / "out.tar", ())
+            assert counts["successes"] == labelled
+
+
+def test_nouns_of_tfrecords_are_refused(tmp_path):
+    write_records(tmp_path / "in/0.tfrecord", [encode_example({"jpg": jpeg(), "txt": "a dog"})])
+    config = extract_nouns.Config(str(tmp_path / "in"), tmp_path / "out")
+    with pytest.raises(UserError, match=r"0\.tfrecord: TFRecord"):
+        extract_nouns.main(config)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", [b"\xef\xbb\xbfa.jpg : dog\r\n\r\n", b"a.jpg:dog"])

@@ -109,18 +109,17 @@ def build_dual(config: DualConfig, visual: nn.Module | None = None) -> DualEncod
     """The network of `config.model`, freshly initialised; `visual` replaces its backbone (needs
     `num_features`). UserError where the free memory does not hold it."""
     model, backbone, _ = parts_of(config.model)
-    if model is Align:
-        return build_fitting(partial(Align, config), config.model)  # its towers belong together
-    if config.tower_classes and not (config.image_tower and config.text_tower):
-        raise UserError("tower_classes joins towers of libraries: give image_tower and text_tower")
-    if model in (OpenAICLIP, LibraryCLIP):
+    if model in (Align, OpenAICLIP, LibraryCLIP):  # whose towers belong together
         if config.image_tower or config.text_tower:
             raise UserError(
                 f"{config.model} has towers of its own; use CLIP_VITB16_CLIP or *_SIGLIP"
             )
-        if model is LibraryCLIP:
-            return build_fitting(partial(LibraryCLIP, config), config.model)
-        return build_fitting(partial(OpenAICLIP, openai_shape(config), config), config.model)
+        build = partial(model, config)
+        if model is OpenAICLIP:
+            build = partial(OpenAICLIP, openai_shape(config), config)
+        return build_fitting(build, config.model)
+    if config.tower_classes and not (config.image_tower and config.text_tower):
+        raise UserError("tower_classes joins towers of libraries: give image_tower and text_tower")
     if visual is None and config.image_tower:
         visual = TimmTower(config.image_tower, classes=config.tower_classes is not None)
     if config.text_tower is None and visual is None:

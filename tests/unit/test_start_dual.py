@@ -175,6 +175,12 @@ def test_our_own_files_start_as_before():
     assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["ALIGN_NANO_TINY", "ViT-S-8"])
+def test_towers_that_belong_together_take_no_other(name):
+    with pytest.raises(UserError, match="has towers of its own"):
+        build(name, image_tower="timm/test_resnet")
+
+
 def test_flops_are_counted_on_a_batch_without_data():
     batch = build("ViT-S-8").example_batch(2, 0, 0)
     assert batch["image"].shape == (2, 3, 32, 32) and batch["text_ids"].shape == (2, 12)

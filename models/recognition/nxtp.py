@@ -227,7 +227,7 @@ class Nxtp(nn.Module):
         logits = self.logits(states.index_select(0, positions))
         total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
         count = all_reduce((labels != IGNORED).sum().float(), "mean")
-        return total / count.clamp(min=1)
+        return total / torch.where(count > 0, count, 1.0)  # below 1: fewer targets than processes
 
     def forward(
         self,

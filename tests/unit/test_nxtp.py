@@ -9,6 +9,7 @@ import torch
 from base.errors import UserError
 from models.dual_encoder.openai import OpenAICLIP
 from models.layers.openai_towers import OpenAIConfig, TextShape
+from models.recognition import nxtp
 from models.recognition.nxtp import IGNORED, NxtpConfig, among
 from models.weights.build_nxtp import Networks
 from models.weights.clip import to_hugging_face
@@ -103,6 +104,19 @@ def test_loss_is_the_mean_over_targets_and_padding_changes_nothing():
         "labels": torch.nn.functional.pad(batch["labels"], (0, 3), value=IGNORED),
     }
     assert torch.allclose(model(image, **padded)["loss_objs"], loss, atol=1e-6)
+
+
+def test_fewer_targets_than_processes_are_a_mean_too(monkeypatch):
+    """One target on the first of two processes, whose mean count is a half: their mean loss is its
+    cross entropy."""
+    model, image = network(), torch.randn(1, 3, 32, 32)
+    batch = text([[20]])
+    batch["labels"][1:] = IGNORED
+    alone = model(image, **batch)["loss_objs"]
+    monkeypatch.setattr(nxtp, "all_reduce", lambda count, _: count / 2)
+    torch.testing.assert_close(model(image, **batch)["loss_objs"] / 2, alone)
+    batch["labels"][:] = IGNORED
+    assert model(image, **batch)["loss_objs"] == 0
 
 
 def test_captions_are_computed_only_where_they_are_given():

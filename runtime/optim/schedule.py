@@ -99,12 +99,12 @@ def steps(
                 f"duration {duration!r}: a percentage has no meaning here; use steps, epochs or samples"
             )
         scale["%"] = total / 100
-    key = name.rstrip("s")
-    if key not in scale or not 0 <= amount < math.inf:
+    count = amount * scale.get(name.rstrip("s"), math.nan)
+    if not 0 <= count < math.inf:
         raise UserError(
             f"duration {duration!r}: use a finite number >= 0 with one of steps, epochs, samples or %"
         )
-    return math.ceil(round(amount * scale[key], 6))
+    return math.ceil(round(count, 6))
 
 
 def counts_updates(duration: Duration | float) -> bool:

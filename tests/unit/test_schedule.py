@@ -31,7 +31,7 @@ def test_a_duration_in_any_unit(text, expected):
     assert steps(text, total=300, **SIZES) == expected
 
 
-@pytest.mark.parametrize("text", ["soon", "3 years", "-1 steps", ""])
+@pytest.mark.parametrize("text", ["soon", "3 years", "-1 steps", "", "1e400 steps", "1e308 epochs"])
 def test_a_wrong_duration_names_itself_and_the_remedy(text):
     with pytest.raises(UserError, match=r"duration.*(write|use)"):
         steps(text, total=300, **SIZES)

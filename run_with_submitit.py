@@ -148,7 +148,7 @@ def add_slurm_options(form: argparse.ArgumentParser) -> None:
         "--mem",
         type=float,
         metavar="GB",
-        help="memory of a node [40 per GPU; on the CPU what the partition gives]",
+        help="memory of a node, 0: all of it [40 per GPU; on the CPU what the partition gives]",
     )
     add(
         "--cpus",

@@ -73,7 +73,10 @@ def sbatch_options(options: argparse.Namespace) -> dict:
     """Options of sbatch in submitit's spelling."""
     gpus = options.ngpus
     cpus = options.cpus or (10 if options.ngpus else 1)
-    memory = options.mem or 40 * gpus
+    further = further_options(options.sbatch)
+    memory = options.mem
+    if memory is None and gpus and not any(key.startswith("mem") for key in further):
+        memory = 40 * gpus
     requeues = in_shell(job_folder(options) / "requeues.log")
     given = {
         "job_name": options.name or Path(options.script).stem,
@@ -83,7 +86,7 @@ def sbatch_options(options: argparse.Namespace) -> dict:
         "ntasks_per_node": options.tasks,
         "gpus_per_node": gpus or None,
         "cpus_per_task": cpus,
-        "mem": f"{round(memory * 1024)}M" if memory else None,
+        "mem": None if memory is None else f"{round(memory * 1024)}M",
         "constraint": options.constraint or ("volta32gb" if options.use_volta32 else None),
         "account": options.account,
         "qos": options.qos,
@@ -97,7 +100,7 @@ def sbatch_options(options: argparse.Namespace) -> dict:
     given["additional_parameters"] = {
         "requeue": True,
         "signal": f"USR1@{options.signal_delay}",
-        **further_options(options.sbatch),
+        **further,
     }
     given = {key: value for key, value in given.items() if value is not None}
     return given | {"wckey": None}  # submitit's default is refused where clusters check wckeys

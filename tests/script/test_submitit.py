@@ -106,6 +106,19 @@ def test_cpu_job_asks_for_no_gpu(capsys):
     assert "gpus" not in text and "--mem" not in text
 
 
+@pytest.mark.parametrize(
+    ("words", "memory"),
+    [
+        (["--mem", "0"], {"--mem=0M"}),  # Slurm's word for all of it
+        (["--sbatch", "mem_per_gpu=50G"], {"--mem-per-gpu=50G"}),  # which excludes --mem
+        (["--sbatch", "mem-per-cpu=4G", "--mem", "8"], {"--mem-per-cpu=4G", "--mem=8192M"}),
+    ],
+)
+def test_memory_is_what_was_asked_for(capsys, words, memory):
+    found = options(preview(capsys, *SLURM, *words))
+    assert {each for each in found if each.startswith("--mem")} == memory
+
+
 def test_the_script_gets_its_words_unharmed(capsys, tmp_path):
     script = tmp_path / "mine.py"  # whose words are not looked at
     script.write_text("")

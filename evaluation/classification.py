@@ -182,7 +182,7 @@ def read_real(path: Path, names: Sequence[str]) -> list[list[int]]:
 
 def multi_label_metrics(scores: Scores, details: bool = False) -> dict[str, float]:
     """In percent: `precision@k` and `hit@k` for k = 1, 5; mAP and F1, each over classes (macro) and
-    over all labels (micro); `chance` (mAP of random scores). `bce`: mean over images and classes.
+    over all labels (micro); `chance` (mAP of a random order). `bce`: mean over images and classes.
     Images without labels count.
 
     mAP averages over the classes that occur, macro F1 over all classes (0 where 0 / 0). details:
@@ -257,6 +257,18 @@ def precision_at_positives(logits: Tensor, targets: Tensor) -> Tensor:
     return (precisions * hits).sum(0)
 
 
+def random_precision(positives: Tensor, total: int) -> Tensor:
+    """Average precision of a random order, expected, float64 [T]: of classes that `positives`
+    float64 [T], at least 1, of `total` images show.
+
+    More than the fraction that shows the class: a positive at rank k has itself among its k, and of
+    the other k - 1 each is one of the other positives as often as any.
+    """
+    inverse = (1 / torch.arange(1, total + 1, dtype=torch.float64)).mean()
+    others = (positives - 1) / max(1, total - 1)
+    return inverse + (1 - inverse) * others
+
+
 def roc_area(logits: Tensor, targets: Tensor, thresholds: int = 200) -> Tensor:
     """Area under the ROC curve through 200 thresholds of the sigmoid, by trapezoids, float64 [T],
     as Keras' AUC."""
@@ -294,7 +306,7 @@ def summary(counts: dict[str, Tensor], total: int, details: bool) -> dict[str, f
         "F1_macro": percent(f1),
         "F1_micro": 100 * f1_micro.item(),
         "bce": (counts["bce"].sum() / cells).item(),
-        "chance": percent(positives[shown] / total),
+        "chance": percent(random_precision(positives[shown], total)),
         "classes_shown": int(shown.sum()),
         "images": total,
     }

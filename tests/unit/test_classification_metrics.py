@@ -1,5 +1,6 @@
 """Metrics of classifiers against scikit-learn's and by hand; ImageNet-ReaL."""
 
+import itertools
 import json
 
 import pytest
@@ -51,11 +52,23 @@ def test_multi_label_metrics(block, monkeypatch):
     top = logits.topk(5, 1).indices
     assert found["precision@5"] == pytest.approx(100 * targets.gather(1, top).float().mean().item())
     assert found["precision@1"] == found["hit@1"]
-    assert found["classes_shown"] == 6 and found["chance"] == pytest.approx(
-        100 * targets[:, shown].float().mean().item()
-    )
+    assert found["classes_shown"] == 6
     bce = F.binary_cross_entropy_with_logits(logits, targets.float())
     assert found["bce"] == pytest.approx(bce.item())
+
+
+def test_chance_is_the_map_of_a_random_order():
+    """Of all orders of five images, which one, two and all five of them show."""
+    lists = [[0, 1, 2], [1, 2], [2], [2], [2]]
+    targets = classification.block_targets(lists, 0, 4)
+    scores = []
+    for order in itertools.permutations(range(5)):
+        logits = torch.tensor(order, dtype=torch.float32)[:, None].expand(5, 4)
+        scores.append(multi_label_metrics(Scores(logits, range(5), lists))["mAP"])
+    found = multi_label_metrics(Scores(targets.float(), range(5), lists))
+    assert found["chance"] == pytest.approx(sum(scores) / len(scores)) and found["mAP"] == 100
+    alone = multi_label_metrics(Scores(targets[:1].float(), range(1), lists[:1]))
+    assert alone["chance"] == alone["mAP"] == 100
 
 
 def test_images_that_a_threshold_left_no_label_are_no_images_of_class_0():

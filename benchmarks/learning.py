@@ -25,6 +25,7 @@ import torch
 from base.distributed import ALONE
 from base.pixels import OPENAI
 from base.reading import read_json
+from base.text import as_list
 from base.writing import write_json
 from benchmarks import learning_sides as sides
 from benchmarks.inputs import SMALL_IMAGE
@@ -66,18 +67,15 @@ class Config(PeerOptions):
 # ---- data
 def captions_by_image(config: Config, name: str) -> list[tuple[Path, list[str]]]:
     """Absolute path and captions of every image of a list."""
-    found = []
-    for row in read_json(config.data / name, list):
-        texts = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
-        found.append(((config.data / row["image"]).absolute(), texts))
-    return found
+    folder = config.data.absolute()
+    rows = read_json(folder / name, list)
+    return [(folder / row["image"], as_list(row["caption"])) for row in rows]
 
 
 def write_pairs(config: Config) -> int:
     """The training pairs as every side reads them, one caption a row; returns how many."""
-    pairs = []
-    for image, texts in captions_by_image(config, TRAIN):
-        pairs += [(str(image), text) for text in texts]
+    training = captions_by_image(config, TRAIN)
+    pairs = [(str(image), text) for image, texts in training for text in texts]
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
     chosen = [pairs[i] for i in order[: config.pairs or None]]
     rows = [{"image": image, "caption": text} for image, text in chosen]
@@ -97,16 +95,17 @@ def recall(config: Config, embed_image, embed_text, tokenize) -> dict[str, float
     loaded = torch.stack([view(decode_image(path)) for path, _ in test])
     batches = [{"image": normalize(part, pixels)} for part in loaded.split(64)]
     images = embed_images(embed_image, batches, range(len(test)), len(test), ALONE)
-    texts = [text for _, captions in test for text in captions]
-    captions = embed_texts(embed_text, tokenize, texts, ALONE)
-    counts = torch.tensor([len(captions) for _, captions in test])
-    found = retrieve(images, captions, torch.arange(len(test)).repeat_interleave(counts), ALONE)
+    captions = [(number, text) for number, (_, texts) in enumerate(test) for text in texts]
+    own_image, texts = zip(*captions, strict=True)
+    embedded = embed_texts(embed_text, tokenize, texts, ALONE)
+    found = retrieve(images, embedded, torch.tensor(own_image), ALONE)
     return {"captions": found["txt_r1_z"], "images": found["img_r1_z"]}
 
 
 # ---- the table
-def mean_and_error(values: list[float]) -> tuple[float, float]:
+def mean_and_error(runs: list[dict], key: str) -> tuple[float, float]:
     """Mean and its standard error, which one value does not tell."""
+    values = [run[key] for run in runs]
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return statistics.mean(values), error
 
@@ -115,9 +114,8 @@ def row(runs: list[dict]) -> dict:
     """A side's row of the table: mean, standard error of the mean, and the values."""
     found = {"speed": statistics.mean(run["speed"] for run in runs)}
     for key in DIRECTIONS:
-        values = [run[key] for run in runs]
-        mean, error = mean_and_error(values)
-        each = ", ".join(f"{value:.1f}" for value in values)
+        mean, error = mean_and_error(runs, key)
+        each = ", ".join(f"{run[key]:.1f}" for run in runs)
         found[key] = f"{mean:.1f} ± {error:.1f} ({each})"
     return found
 
@@ -128,9 +126,8 @@ def verdict(results: dict[str, list[dict]]) -> str:
     lines = []
     _, other = results
     for key in DIRECTIONS:
-        sides = [mean_and_error([run[key] for run in runs]) for runs in results.values()]
-        (mean, error), (their_mean, their_error) = sides
-        gap, error = mean - their_mean, math.hypot(error, their_error)
+        ours, theirs = (mean_and_error(runs, key) for runs in results.values())
+        gap, error = ours[0] - theirs[0], math.hypot(ours[1], theirs[1])
         word = "is" if gap < -error else "is not"
         lines.append(
             f"R@1 of {key}: ours {word} below {other}'s mean by more than the standard error "

@@ -100,11 +100,8 @@ def images(count: int) -> Tensor:
 
 def captions(count: int) -> list[str]:
     """Captions of thirteen words, five of them labels of two tokens."""
-    texts = []
-    for i in range(count):
-        words = [f"thing{i}"] + [f"a word{5 * i + j} by" for j in range(1, 5)]
-        texts.append(" ".join(words))
-    return texts
+    template = "thing{}" + " a word{} by" * 4
+    return [template.format(i, *range(5 * i + 1, 5 * i + 5)) for i in range(count)]
 
 
 def labels_of(caption: str) -> list[str]:
@@ -124,17 +121,11 @@ def build_model(options: SimpleNamespace) -> Nxtp:
     """The network with random weights, or those that the peer left, on the device."""
     torch.manual_seed(0)
     width, blocks, decoder = sizes_of(options)
-    tower = OpenAIConfig(
-        embed_dim=decoder["dim"],
-        image_size=SIDE,
-        vision_width=width,
-        vision_layers=blocks,
-        patch_size=PATCH,
-    )
+    sizes = {"vision_width": width, "vision_layers": blocks, "image_size": SIDE}
+    tower = OpenAIConfig(embed_dim=decoder["dim"], patch_size=PATCH, **sizes)
     llama = LlamaConfig(vocab_size=Words.vocab_size, **decoder)
     model = Nxtp(NxtpConfig(tower, llama, trained_rows=(IMAGE,)))
-    weights = left(options)
-    if weights:
+    if weights := left(options):
         model.load_state_dict(weights)
     return model.to(options.device)
 
@@ -179,10 +170,9 @@ def add_figures(results: dict[str, list[dict]], count: int) -> None:
     if "loss" in ours:
         theirs["agreement"] = f"first loss {ours['loss']:.6f} and {theirs['loss']:.6f}"
         return
-    alike = []
-    for mine, others in zip(ours["tokens"], theirs["tokens"], strict=True):
-        alike += [a == b for a, b in zip(mine, others, strict=True)]
-    theirs["agreement"] = f"{sum(alike)} of {len(alike)} labels alike"
+    mine, others = (list(itertools.chain(*side["tokens"])) for side in (ours, theirs))
+    alike = sum(a == b for a, b in zip(mine, others, strict=True))
+    theirs["agreement"] = f"{alike} of {len(mine)} labels alike"
 
 
 def main(config: Config) -> None:
@@ -196,9 +186,9 @@ def main(config: Config) -> None:
         sides[OURS] = f"benchmarks.recognition:{what}"
         found = take_turns(config, sides, images=images)
         add_figures(found, images * config.labels or config.batch)
-        name = f"top {config.labels}, case {case}"
-        if case == "train":
-            name = f"training step, {config.batch} images"
+        name = f"training step, {config.batch} images"
+        if images:
+            name = f"top {config.labels}, case {case}"
         results |= {f"{name}: {side}": runs for side, runs in found.items()}
     title = ["Recognition"] + ["51.5M parameters"] * (not config.tiny)
     title += [*config.cases, config.precision, device_of(config)]

@@ -1,8 +1,7 @@
 """Speed of retrieval evaluation with re-ranking: ViT-B/16 at 384 px + BERT-base SIMLA or ALBEF.
 
-    python -m benchmarks.retrieval                                 # ours alone
-    python -m benchmarks.retrieval --peer PATH/TO/SIMLA            # against a checkout, and are the scores equal?
-    python -m benchmarks.retrieval --peer PATH/TO/ALBEF --system albef
+    python -m benchmarks.retrieval                                      # ours alone
+    python -m benchmarks.retrieval --peer PATH/TO/ALBEF --system albef  # and are the scores equal?
 
 All images and captions are encoded; then each image's `k_test` nearest captions, and each caption's
 nearest images, are matched. A pair is a candidate of one direction; the same number counts for both
@@ -11,7 +10,6 @@ runs unchanged, with stand-ins for old libraries (or --peer-python, as in benchm
 weights are then ours. The table has the time that COCO's test would take by these rates.
 """
 
-import itertools
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -75,20 +73,12 @@ def ours(options: SimpleNamespace) -> dict:
     model.to(options.device)
     images, ids, mask = synthetic_split(options.images, options.captions)
     captions = Captions(ids, mask, torch.arange(len(ids)) % len(images))
-    world = alone(options.device)
+    inputs = (lambda indices: images[indices].split(options.batch), len(images), captions)
+    how = {"keep_text_states": options.system == "albef", "image_batch": options.batch}
     marks = [now(options.device)]
     model.match_scores = marking(model.match_scores, marks, options.device)
     with evaluating(model):
-        rankings = rank(
-            model,
-            lambda indices: images[indices].split(options.batch),
-            len(images),
-            captions,
-            world,
-            k=options.k_test,
-            keep_text_states=options.system == "albef",
-            image_batch=options.batch,
-        )
+        rankings = rank(model, *inputs, alone(options.device), k=options.k_test, **how)
     result = {"marks": [*marks, now(options.device)]}
     if peer:
         dense = [ranking.dense() for ranking in rankings]
@@ -101,9 +91,8 @@ def agreement(pairs: Iterable[tuple[Tensor, Tensor]]) -> str:
     candidate."""
     same, orders, differences = [], [], []
     for ours, theirs in pairs:
-        candidates = theirs > FILL
-        same.append((ours > FILL)[candidates])
-        common = candidates & (ours > FILL)
+        same.append((ours > FILL)[theirs > FILL])
+        common = (ours > FILL) & (theirs > FILL)
         difference = (ours - theirs)[common].abs() / theirs[common].std()
         differences.append(difference.max().item())
         for row, other, both in zip(ours, theirs, common, strict=True):
@@ -131,21 +120,19 @@ def rates(run: dict, config: Config) -> dict[str, float]:
 
 def main(config: Config) -> None:
     if config.k_test > config.images:
-        raise UserError(
-            f"--k-test {config.k_test}: there are {config.images} images; give more --images"
-        )
+        raise UserError(f"--k-test {config.k_test} of {config.images} images: give more --images")
     system = config.system.upper()
     check_peer(config, CHECKOUT_FILES[config.system], system)
     sides = {PEER: "benchmarks.peers.fusion:evaluate"} if config.peer else {}  # leaves the weights
     sides[OURS] = "benchmarks.retrieval:ours"
     captions = CAPTIONS * config.images
     results = take_turns(config, sides, captions=captions)
-    for run in itertools.chain(*results.values()):
-        run.update(rates(run, config))
-    remark = results[OURS][0].get("agreement", "")
+    for runs in results.values():
+        for run in runs:
+            run.update(rates(run, config))
     title = ["Retrieval evaluation", f"{system} at 384 px", f"{config.images} images"]
     title += [f"{captions} captions", f"k_test {config.k_test}", "fp32", device_of(config)]
-    publish(config, "retrieval", title, results, COLUMNS, remark)
+    publish(config, "retrieval", title, results, COLUMNS, results[OURS][0].get("agreement", ""))
 
 
 if __name__ == "__main__":

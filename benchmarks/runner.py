@@ -98,14 +98,12 @@ def idle_load(options: Options) -> float:
     """The load, once no other work is running. UserError if it still is after `wait` minutes,
     unless --busy allows it."""
     deadline = time.monotonic() + 60 * options.wait
-    load = current_load()
-    while load >= IDLE_LOAD and not options.busy:
+    while (load := current_load()) >= IDLE_LOAD and not options.busy:
         if time.monotonic() > deadline:
             raise UserError(
                 f"other work is running (load {load:.1f}, idle is below {IDLE_LOAD}): wait "
                 "(--wait MINUTES), or measure anyway with --busy"
             )
-        load = current_load()
     return load
 
 
@@ -125,10 +123,10 @@ def run_side(name: str, function: str, options: Options, processes: int = 0, **m
     if processes:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command[2:2] = [*launcher, "-m"]
-    threads = str(options.threads)
-    env = dict(os.environ, OMP_WAIT_POLICY="PASSIVE", TF_CPP_MIN_LOG_LEVEL="3")
-    env.update(OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads)
     command.append(json.dumps(given, default=str))
+    threads = str(options.threads)
+    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    env |= {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
     begin, busy = os.times(), busy_seconds()
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     end, busy = os.times(), busy_seconds() - busy

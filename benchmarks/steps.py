@@ -64,9 +64,8 @@ def training_step(
     for name, value in batch.items():
         batch[name] = value.to(device)
     result = measure(step, options)
-    result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    result["loss"] = losses[0].item()
-    return result
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return {**result, "parameters": count, "loss": losses[0].item()}
 
 
 def mfu(flops: float, result: dict, options: SimpleNamespace) -> float:

@@ -66,13 +66,13 @@ def start(options: types.SimpleNamespace) -> tuple:
     encoder = tower(bench.SIDE, bench.PATCH, width, blocks, width // 64, dim)
     del encoder.proj
     encoder.proj = nn.Linear(width, dim, bias=False)
-    lengths = {"vocab_size": bench.Words.vocab_size, "max_seq_len": bench.LENGTH}
-    arguments = lang.ModelArgs(**decoder, **lengths)
+    decoder |= {"vocab_size": bench.Words.vocab_size, "max_seq_len": bench.LENGTH}
+    arguments = lang.ModelArgs(**decoder)
     arguments.shave_language_decoder_at = 0
-    classifier = importlib.import_module("models.classifier").LangClassifier
-    model = classifier(vision_encoder=encoder, language_decoder=lang.LLaMATransformer(arguments))
+    language = lang.LLaMATransformer(arguments)
     with torch.no_grad():  # the head of a trained network is sharper than torch's default
-        model.language_decoder.output.weight.mul_(8)
+        language.output.weight.mul_(8)
+    model = importlib.import_module("models.classifier").LangClassifier(encoder, language)
     leave(options, model.state_dict())
     return model.to(options.device), encoding, settings
 

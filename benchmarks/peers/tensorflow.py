@@ -54,9 +54,7 @@ def vit(options: types.SimpleNamespace) -> dict:
     tf.keras.optimizers.Adam = tf.keras.optimizers.legacy.Adam  # the class that it was written for
     from optimizers import AdamWeightDecay
 
-    size = options.batch
-    side = options.image_size
-    classes = options.classes
+    size, side, classes = options.batch, options.image_size, options.classes
     sizes = {
         "image_size": side,
         "representation_size": {"b": 768, "l": 1024}[options.model[4]],
@@ -67,9 +65,8 @@ def vit(options: types.SimpleNamespace) -> dict:
     backbone = build_backbone(options.model, sizes)
     head = tf.keras.layers.Dense(classes, kernel_initializer="zeros", bias_initializer="zeros")
     loss_of = BCELoss(from_logits=True)
-    optimizer = AdamWeightDecay(
-        learning_rate=1e-4, weight_decay_rate=0.1, epsilon=1e-7, global_clipnorm=1.0
-    )
+    rates = {"learning_rate": 1e-4, "weight_decay_rate": 0.1}
+    optimizer = AdamWeightDecay(**rates, epsilon=1e-7, global_clipnorm=1.0)
     image = tf.constant(rng.standard_normal((size, side, side, 3), dtype=np.float32))
     target = np.zeros((size, classes), np.float32)
     target[np.arange(size)[:, None], rng.integers(classes, size=(size, 2))] = 1
@@ -119,11 +116,7 @@ def align(options: types.SimpleNamespace) -> dict:
     model.compile(optimizer=optimizer)
     pixels = rng.uniform(0, 255, (options.batch, SIDE, SIDE, 3)).astype(np.float32)
     ids = tf.constant(rng.integers(1000, 30522, (options.batch, options.length)), tf.int32)
-    texts = {
-        "input_ids": ids,
-        "attention_mask": tf.ones_like(ids),
-        "token_type_ids": tf.zeros_like(ids),
-    }
-    batch = (tf.constant(pixels), texts)
+    texts = {"attention_mask": tf.ones_like(ids), "token_type_ids": tf.zeros_like(ids)}
+    batch = (tf.constant(pixels), {"input_ids": ids, **texts})
     train = tf.function(lambda: model.train_step(batch)["loss"])
     return measure_graph(train, lambda: model.trainable_variables, options)

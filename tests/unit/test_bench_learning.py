@@ -50,6 +50,11 @@ def test_both_sides_read_the_same_pairs(config):
     assert learning.write_pairs(config) == 16
 
 
+def test_an_image_may_have_one_caption(config):
+    write_json(config.data / "one.json", [{"image": "0.png", "caption": "level a"}])
+    assert learning.captions_by_image(config, "one.json") == [(config.data / "0.png", ["level a"])]
+
+
 def test_recall_counts_what_the_embeddings_find(config):
     """Images by their grey level, captions by the letter that names it; then two levels confused."""
     tokenize = learning_sides.ClipTokenizer(None, learning_sides.CONTEXT)

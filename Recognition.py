@@ -47,7 +47,7 @@ from models.layers.batchnorm import synchronise_batch_norm
 from models.recognition.decoding import Decoding, Drafts
 from models.recognition.labeller import Labeller
 from models.recognition.nxtp import Nxtp
-from models.weights.build_nxtp import Networks
+from models.weights.build_nxtp import NetworkOptions
 from models.weights.nxtp import choose_parameters
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
@@ -73,7 +73,7 @@ class Config(RecognitionData, RunConfig):
     clip: Path | None = knob(None, "OpenAI's ViT-L-14.pt, or CLIP of open_clip or Hugging Face")
     llama: Path | None = knob(None, "folder of a LLaMA: Meta's or Hugging Face's")
     tokenizer: Path | None = knob(None, "SentencePiece model, or trained; none = llama's")
-    network: Networks = section(Networks, flat=True)
+    network: NetworkOptions = section(NetworkOptions, flat=True)
     # what is trained
     train_vision_blocks: int | None = knob(None, "last image blocks to train; none = all", low=0)
     caption_weight: float = knob(0.0, "weight of the caption's loss; 0 = not computed", low=0)

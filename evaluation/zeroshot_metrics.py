@@ -84,7 +84,7 @@ def voc_map(scores: Tensor, targets: Tensor) -> tuple[float, float]:
     rows = []
     for column, target in zip(scores.T, targets.T, strict=True):
         rows.append(average_precision(column, target))
-    eleven_point, area = torch.tensor(rows).double().nanmean(0).tolist()
+    eleven_point, area = torch.tensor(rows, dtype=torch.float64).nanmean(0).tolist()
     return eleven_point, area
 
 

@@ -44,7 +44,8 @@ def score_name(key: str) -> str | None:
         return NAMES.get(key)
     k, weighted, top5 = neighbours.groups()
     name = "nearest neighbour" if k == "1" else f"{k} nearest neighbours"
-    return name + ", weighted votes" * bool(weighted) + ", top 5" * bool(top5)
+    votes = ", weighted votes" if weighted else ""
+    return name + votes + (", top 5" if top5 else "")
 
 
 def recall_names(captions: str, images: str) -> dict[str, str]:

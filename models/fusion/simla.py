@@ -273,15 +273,16 @@ class Simla(ImageTextModel):
         valid = patch_mask.gather(1, positions)
         labels = visual_codes.gather(1, positions)
 
-        def logits(encoder: nn.Module, bert: nn.Module, head: nn.Module, seen) -> Tensor:
-            patches, text = seen
+        def logits(
+            encoder: nn.Module, bert: nn.Module, head: nn.Module, patches: Tensor, text: Tensor
+        ) -> Tensor:
             queries = bert.embeddings(embeds=encoder(patches, patch_mask))
             fused = bert.fuse(queries, None, text, image_mask=text_mask, keep=positions + 1)
             return head(fused).flatten(0, 1)
 
         with torch.no_grad():
-            teacher_logits = logits(self.visual_encoder_m, self.bert_m, self.mim_head_m, seen_m)
-        student_logits = logits(self.visual_encoder, self.bert, self.mim_head, seen)
+            teacher_logits = logits(self.visual_encoder_m, self.bert_m, self.mim_head_m, *seen_m)
+        student_logits = logits(self.visual_encoder, self.bert, self.mim_head, *seen)
         loss = distilled_cross_entropy(student_logits, labels.flatten(), teacher_logits, alpha)
         return masked_mean(loss, valid.flatten(), over_ranks=not self.compat.means_of_rank)
 

@@ -193,10 +193,10 @@ class GhostBatchNorm(nn.Module):
             mean, variance = self.running_mean.new_zeros(2, groups, len(self.weight))
             if groups > 1:
                 y = _GhostNormalise.apply(x, self.weight, self.bias, mean, variance, self.eps)
-            else:
-                statistics = (mean[0], variance[0])
-                affine = (self.weight, self.bias)
-                y = F.batch_norm(x, *statistics, *affine, True, momentum=1.0, eps=self.eps)
+            else:  # the running statistics that it writes are those of this batch
+                y = F.batch_norm(
+                    x, mean[0], variance[0], self.weight, self.bias, True, 1.0, self.eps
+                )
         if torch.is_grad_enabled():  # a cached contrastive step runs once without and once with
             self._follow(mean, variance, x.numel() // (groups * len(self.weight)))
         return y
@@ -235,9 +235,10 @@ class _GhostNormalise(torch.autograd.Function):
         inverse_std = torch.empty_like(means)
         groups = zip(x.chunk(len(means)), y.chunk(len(means)), strict=True)
         for i, (rows, target) in enumerate(groups):
-            statistics = (means[i], variances[i])
             out = (target, saved_mean[i], inverse_std[i])
-            torch.native_batch_norm(rows, weight, bias, *statistics, True, 1.0, eps, out=out)
+            torch.native_batch_norm(
+                rows, weight, bias, means[i], variances[i], True, 1.0, eps, out=out
+            )
         ctx.save_for_backward(x, weight, saved_mean, inverse_std)
         ctx.eps = eps
         return y

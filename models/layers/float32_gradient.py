@@ -44,7 +44,7 @@ class Product(torch.autograd.Function):
         return of_x, of_weight
 
 
-class Linear(nn.Linear):
+class Float32GradientLinear(nn.Linear):
     """nn.Linear whose weight gradient is a `float32_product` under autocast, where there are any."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,6 +26,10 @@ from base.reading import read_json, read_lines
 HEADS = ("classifier.", "head.", "fc.")  # of classification, in files of weights
 OPEN_CLIP_TRUNK = "visual.trunk."  # where open_clip's files hold a tower of timm
 OF_OPENAI = "input_resolution"  # an entry of OpenAI's own files
+LOCKED = {  # tower -> its modules, in any dual encoder
+    "image": ("visual", "vision_model"),
+    "text": ("text_tower", "text_model", "text", "transformer", "ln_final"),
+}
 PROMPT = "a photo of a {}."  # for the names of an image tower's classes
 
 
@@ -59,14 +63,12 @@ class TimmTower(nn.Module):
             weights = with_timm_names(self.trunk, read_weights(Path(self.file)), self.file)
             if not self.num_classes:
                 weights = {k: v for k, v in weights.items() if not k.startswith(HEADS)}
-            faults = differences(self.trunk.state_dict(), weights)
-            if not faults:
-                self.trunk.load_state_dict(weights)
-            else:
+            if faults := differences(self.trunk.state_dict(), weights):
                 raise UserError(
                     f"{self.file}: not the weights of timm's {self.name}; it differs in "
                     f"{', '.join(faults[:5])}"
                 )
+            self.trunk.load_state_dict(weights)
             return
         remedy = f", its file as timm/{self.name}:FILE"
         trunk = timm_network(
@@ -90,12 +92,12 @@ def with_timm_names(
             f"{file}: weights of OpenAI's CLIP, which computes QuickGELU; name the tower that does, "
             "such as timm/vit_base_patch16_clip_quickgelu_224"
         )
-    if any(name.startswith(OPEN_CLIP_TRUNK) for name in weights):
-        trunk = {}
-        for name, value in weights.items():
-            if name.startswith(OPEN_CLIP_TRUNK):
-                trunk[name.removeprefix(OPEN_CLIP_TRUNK)] = value
-        weights = trunk
+    trunk = {
+        name.removeprefix(OPEN_CLIP_TRUNK): value
+        for name, value in weights.items()
+        if name.startswith(OPEN_CLIP_TRUNK)
+    }
+    weights = trunk or weights
     if is_vit:
         return vision_transformer.checkpoint_filter_fn(dict(weights), network)
     return dict(weights)
@@ -214,39 +216,45 @@ def start_towers(
     A locked tower is not trained and stays in evaluation mode, its batch norms included.
     read_weights: reads a file of weights safely. load: false where a checkpoint has the weights.
     """
-    towers = {"image": getattr(model, "visual", None), "text": getattr(model, "text_tower", None)}
-    if load and model.of_library:
-        model.load()
-    for tower in towers.values():
-        if load and isinstance(tower, TimmTower | HuggingFaceText):
-            tower.load(read_weights)
-    if load and getattr(model.config, "tower_classes", None):
-        start_from_names(model, class_names(model.config.tower_classes))
     if lock and not hasattr(model, "locked"):
         raise UserError("--lock is for two towers, as CLIP's and SLIP's; ALIGN trains both")
-    for name in lock:
-        published = model.of_library or isinstance(towers[name], TimmTower | HuggingFaceText)
-        if load and not published:
+    if load:
+        load_towers(model, read_weights, lock)
+    if lock:
+        lock_towers(model, lock)
+
+
+def load_towers(model: nn.Module, read_weights: Callable, lock: Sequence[str]) -> None:
+    """Load what libraries publish of the model. UserError where a tower to lock is not theirs."""
+    if model.of_library:
+        return model.load()
+    towers = {"image": getattr(model, "visual", None), "text": getattr(model, "text_tower", None)}
+    for name, tower in towers.items():
+        if isinstance(tower, TimmTower | HuggingFaceText):
+            tower.load(read_weights)
+        elif name in lock:
             raise UserError(
                 f"--lock {name}: give the {name} tower weights to keep: --{name}-tower, or --checkpoint"
             )
-        starts = model.towers[name]
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.startswith(starts):
-                parameter.requires_grad_(False)
-    if lock and all(each.numel() == 1 for each in model.parameters() if each.requires_grad):
+    if getattr(model.config, "tower_classes", None):
+        start_from_names(model, class_names(model.config.tower_classes))
+    return None
+
+
+def lock_towers(model: nn.Module, lock: Sequence[str]) -> None:
+    """UserError where nothing would be left to train."""
+    starts = tuple(start for tower in lock for start in model.towers[tower])
+    for name, parameter in model.named_parameters():
+        if name.startswith(starts):
+            parameter.requires_grad_(False)
+    if all(each.numel() == 1 for each in model.parameters() if each.requires_grad):
         raise UserError(
             f"--lock {' '.join(lock)}: nothing is left to train but the scale of the logits; leave a "
             "tower unlocked, or evaluate instead"
         )
-    locked = {
-        "image": ("visual", "vision_model"),
-        "text": ("text_tower", "text_model", "text", "transformer", "ln_final"),
-    }
     holder = model.network if model.of_library else model
-    modules = [getattr(holder, part, None) for name in lock for part in locked[name]]
-    if lock:
-        model.locked = tuple(module for module in modules if module is not None)
+    modules = [getattr(holder, part, None) for tower in lock for part in LOCKED[tower]]
+    model.locked = tuple(module for module in modules if module is not None)
 
 
 def class_names(file: str) -> list[str]:

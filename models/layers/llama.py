@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from base.errors import UserError
 from models.layers.attention import attend, attention_map, merge_heads, split_heads
-from models.layers.float32_gradient import Linear
+from models.layers.float32_gradient import Float32GradientLinear
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines of the positions, see `rotation`
 Cache = list[tuple[Tensor, Tensor]]  # keys and values of every block, [B,H,S,d] each
@@ -341,7 +341,7 @@ def _linear_layers(config: LlamaConfig):
     if not config.tensor_parallel:
 
         def linear(width: int, out: int, whole: bool = True, bias: bool = False) -> nn.Module:
-            return Linear(width, out, bias=bias)
+            return Float32GradientLinear(width, out, bias=bias)
 
         return linear, linear
     from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear

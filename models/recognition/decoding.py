@@ -236,11 +236,11 @@ def _lagging_logits(
 ) -> Tensor:
     """Logits [B,V] of what follows the tokens int64 [B,T], under `lagging_mask`."""
     ids = torch.cat([prompt.expand(len(tokens), -1), tokens], 1)
-    mask = lagging_mask(ids, len(prompt) - 1, delimiter, images.shape[1])
-    positions = torch.arange(images.shape[1] + ids.shape[1], device=ids.device)
-    x = model.sequence(images, ids)
-    mask = PrefixMask(positions, mask, images.shape[1], model.config.prefix)
-    states, _ = model.language_decoder(x, mask, keep=1)
+    prefix = images.shape[1]
+    positions = torch.arange(prefix + ids.shape[1], device=ids.device)
+    text = lagging_mask(ids, len(prompt) - 1, delimiter, prefix)
+    mask = PrefixMask(positions, text, prefix, model.config.prefix)
+    states, _ = model.language_decoder(model.sequence(images, ids), mask, keep=1)
     return model.logits(states[:, 0])
 
 

@@ -39,7 +39,7 @@ State = dict[str, Tensor]
 
 
 @dataclass(kw_only=True)
-class Networks:
+class NetworkOptions:
     """Sizes and settings of both networks; `build` fills in those that weights decide."""
 
     decoder_layers: int | None = knob(

@@ -58,7 +58,9 @@ AVERAGE = "/.OPTIMIZER_SLOT/optimizer/average"
 
 def _names(column: int) -> dict[str, str]:
     """Native name -> that of a column of the tables, as `renamed` takes it."""
-    names = {ours: each[column == TENSORFLOW] for ours, each in OUTSIDE.items()}
+    names = {}
+    for ours, (transformers, tensorflow) in OUTSIDE.items():
+        names[ours] = tensorflow if column == TENSORFLOW else transformers
     for ours, each in INSIDE.items():
         names[f"blocks.{{}}.{ours}"] = LAYER_PREFIX[column] + each[column]
     return names

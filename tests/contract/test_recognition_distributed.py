@@ -12,7 +12,7 @@ from models.layers.batchnorm import synchronise_batch_norm
 from models.layers.llama import own_part
 from models.recognition.decoding import one_shot
 from models.recognition.nxtp import IGNORED, Nxtp, NxtpConfig
-from models.weights.build_nxtp import Networks
+from models.weights.build_nxtp import NetworkOptions
 from runtime.parallel import ParallelOptions, parallelize
 from tests.helpers.gradients import assert_same_gradients, distance, gradients_of
 from tests.helpers.processes import spawn
@@ -78,7 +78,7 @@ def test_two_processes_train_as_one():
 
 def small_resnet() -> Nxtp:
     torch.manual_seed(0)
-    return Networks(decoder=(32, 1), decoder_heads=2, resnet=[8, 1, 1], image_size=32).build(
+    return NetworkOptions(decoder=(32, 1), decoder_heads=2, resnet=[8, 1, 1], image_size=32).build(
         Tokens()
     )
 

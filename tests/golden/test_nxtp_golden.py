@@ -15,7 +15,7 @@ from evaluation.recognition import SentenceEncoder, means, similarity_scores
 from models.layers.llama import PrefixMask, rotate, rotation
 from models.recognition.decoding import lagging_mask
 from models.recognition.nxtp import text_mask
-from models.weights.build_nxtp import Networks
+from models.weights.build_nxtp import NetworkOptions
 from models.weights.nxtp import decayed_names, trained_names
 from runtime.optim.build import Optimizer, build_optimizer
 from runtime.optim.schedule import Plan, Schedule
@@ -333,7 +333,7 @@ def test_groups_and_sizes_of_the_published_network():
         vocab_size, image = vocabulary, vocabulary - 2
 
     with torch.device("meta"):
-        model = Networks(decoder_layers=layers).build(Tokens())
+        model = NetworkOptions(decoder_layers=layers).build(Tokens())
     shapes = dict(model.named_parameters())
     trained = trained_names(list(shapes), layers)
     decayed = decayed_names({name: shapes[name] for name in trained})
@@ -362,7 +362,7 @@ def test_llama_and_clip_are_loaded_as_the_original_does(tmp_path):
     torch.save(halves, tmp_path / "consolidated.00.pth")
     clip = cases.tensors("clip_openai_style")
     kept = case["kept_layers"]
-    model = Networks(decoder_layers=kept).build(cases.tokenizer(), clip, tmp_path)
+    model = NetworkOptions(decoder_layers=kept).build(cases.tokenizer(), clip, tmp_path)
     names = {key: list(value.shape) for key, value in model.state_dict().items()}
     want = dict(case["state_dict"])
     want.pop("vision_encoder.logit_scale")

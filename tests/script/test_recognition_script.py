@@ -14,7 +14,7 @@ import Recognition
 from base.errors import UserError
 from models.dual_encoder.openai import OpenAICLIP
 from models.layers.openai_towers import OpenAIConfig, TextShape
-from models.weights.build_nxtp import Networks
+from models.weights.build_nxtp import NetworkOptions
 from runtime.checkpoint import read_weights
 from runtime.config.cli import parse
 from scripts.data import extract_nouns, pack_coco
@@ -316,7 +316,7 @@ def small_resnet():
         vocab_size, image = 60, 58
 
     torch.manual_seed(0)
-    return Networks(decoder=(32, 1), decoder_heads=2, resnet=[8, 1, 1], image_size=32).build(
+    return NetworkOptions(decoder=(32, 1), decoder_heads=2, resnet=[8, 1, 1], image_size=32).build(
         Tokens()
     )
 
@@ -338,7 +338,7 @@ def start_of(folder):
         vocab_size = len(weights["language_decoder.tok_embeddings.weight"])
         image = vocab_size - 2
 
-    return Networks(decoder_heads=2).build(Tokens(), checkpoint=weights)
+    return NetworkOptions(decoder_heads=2).build(Tokens(), checkpoint=weights)
 
 
 @pytest.mark.parametrize("name", ["g3m", "g70m", "in1k", "digits", "digitscenes"])

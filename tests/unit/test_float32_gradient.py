@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from models.layers import float32_gradient
-from models.layers.float32_gradient import Linear, has_float32_products
+from models.layers.float32_gradient import Float32GradientLinear, has_float32_products
 from models.layers.llama import FeedForward, LlamaConfig
 
 
@@ -38,7 +38,7 @@ def results(layer: nn.Module, x: Tensor, precision: torch.dtype | None) -> list[
 
 def test_gradients_are_those_of_autocast_without_its_rounding(card):
     torch.manual_seed(0)
-    layer, x = Linear(24, 40, bias=False), torch.randn(3, 5, 24)
+    layer, x = Float32GradientLinear(24, 40, bias=False), torch.randn(3, 5, 24)
     plain = nn.Linear(24, 40, bias=False)
     plain.load_state_dict(layer.state_dict())
     output, of_x, of_weight = results(layer, x, torch.bfloat16)
@@ -67,7 +67,7 @@ def test_a_compiled_block_is_the_eager_one(card):
 
 @pytest.mark.parametrize("case", ["float32", "evaluation", "frozen", "bias", "half weights"])
 def test_elsewhere_it_is_the_plain_layer(card, case):
-    layer, x = Linear(4, 6, bias=case == "bias"), torch.randn(3, 4)
+    layer, x = Float32GradientLinear(4, 6, bias=case == "bias"), torch.randn(3, 4)
     layer.to(torch.bfloat16 if case == "half weights" else torch.float32)
     layer.weight.requires_grad_(case != "frozen")
     with (

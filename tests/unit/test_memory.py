@@ -16,7 +16,7 @@ from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from models.fusion.config import retrieval_config
 from models.recognition.decoding import Decoding
-from models.weights.build_nxtp import Networks
+from models.weights.build_nxtp import NetworkOptions
 from runtime.config.cli import parse, run_script
 from runtime.run import Run
 from tests.helpers.configs import NEEDED
@@ -73,7 +73,7 @@ def test_a_random_decoder_that_does_not_fit(monkeypatch):
     built = []
     monkeypatch.setattr(nn.Module, "load_state_dict", lambda *_, **__: built.append(1))
     with pytest.raises(UserError, match=r"NXTP's network: 7\.\d+ billion parameters need .* GiB"):
-        Networks().build(Tokens())
+        NetworkOptions().build(Tokens())
     assert not built
 
 
@@ -93,7 +93,7 @@ def test_sizes_that_cannot_be(flags, message):
 
 
 def test_patches_must_fill_the_image():
-    small = Networks(vision=(64, 1, 14), decoder=(64, 1), image_size=30)
+    small = NetworkOptions(vision=(64, 1, 14), decoder=(64, 1), image_size=30)
     with pytest.raises(UserError, match="image_size 30: no multiple of the patch size 14"):
         small.build(Tokens())
 

@@ -11,7 +11,7 @@ from models.dual_encoder.openai import OpenAICLIP
 from models.layers.openai_towers import OpenAIConfig, TextShape
 from models.recognition import nxtp
 from models.recognition.nxtp import IGNORED, NxtpConfig, among
-from models.weights.build_nxtp import Networks
+from models.weights.build_nxtp import NetworkOptions
 from models.weights.clip import to_hugging_face
 from models.weights.loading import load_checkpoint
 from models.weights.nxtp import (
@@ -201,7 +201,7 @@ class TestWeights:
     def test_clip_and_llama_together(self, tmp_path):
         llama = meta_folder(tmp_path, vocabulary=38)
         clip = clip_state()
-        model = Networks(decoder_layers=2).build(Tokens(), clip, tmp_path)
+        model = NetworkOptions(decoder_layers=2).build(Tokens(), clip, tmp_path)
         assert torch.equal(model.vision_encoder.conv1.weight, clip["visual.conv1.weight"])
         assert torch.equal(model.language_decoder.norm.weight, llama.norm.weight)
         table = model.language_decoder.tok_embeddings.weight
@@ -212,18 +212,18 @@ class TestWeights:
     def test_clip_of_hugging_face(self, tmp_path):
         torch.manual_seed(3)
         theirs = OpenAICLIP(OpenAIConfig(**CLIP_SIZES))
-        model = Networks(decoder=(32, 1)).build(Tokens(), to_hugging_face(theirs))
+        model = NetworkOptions(decoder=(32, 1)).build(Tokens(), to_hugging_face(theirs))
         ours, image = model.vision_encoder, torch.randn(1, 3, 32, 32)
         assert torch.equal(ours.tokens(image), theirs.visual.tokens(image))
 
     def test_clip_is_read_where_the_checkpoint_lacks_the_tower_alone(self):
         """--evaluate of a run does without the file of CLIP that its recipe names."""
-        whole = Networks(decoder=(64, 1), vision=(64, 1, 14)).build(Tokens()).state_dict()
+        whole = NetworkOptions(decoder=(64, 1), vision=(64, 1, 14)).build(Tokens()).state_dict()
         published = {k: v for k, v in whole.items() if not k.startswith("vision_encoder.conv1")}
         read = []
 
         def read_clip(path: Path | None, checkpoint: dict | None) -> dict | None:
-            return Networks().read_clip(
+            return NetworkOptions().read_clip(
                 path, checkpoint, lambda p: read.append(p) or {}, lambda _: {}
             )
 
@@ -246,7 +246,7 @@ class TestWeights:
             if layout == "hf":
                 about = {"config.json": {"text_config": {"hidden_act": "gelu"}}}
                 state = to_hugging_face(theirs)
-            networks = Networks(decoder=(32, 1))
+            networks = NetworkOptions(decoder=(32, 1))
             clip = networks.read_clip(tmp_path, None, lambda _, s=state: s, lambda _, a=about: a)
             tower = networks.build(Tokens(), clip).vision_encoder
             assert torch.equal(tower.tokens(image), theirs.visual.tokens(image))
@@ -254,7 +254,7 @@ class TestWeights:
         assert capsys.readouterr().out.count("mean (0.5, 0.5, 0.5)") == 1
         saved = networks.build(Tokens(), checkpoint=networks.build(Tokens(), clip).state_dict())
         assert saved.config.vision.vision_activation == "gelu"
-        other = Networks(vision_activation="quick_gelu")
+        other = NetworkOptions(vision_activation="quick_gelu")
         with pytest.raises(UserError, match="was trained with gelu"):
             other.read_clip(tmp_path, None, lambda _: state, lambda _: about)
 
@@ -278,7 +278,7 @@ class TestWeights:
 
     def test_our_own_complete_one(self):
         model = network()
-        built = Networks(decoder_heads=4).build(Tokens(), checkpoint=model.state_dict())
+        built = NetworkOptions(decoder_heads=4).build(Tokens(), checkpoint=model.state_dict())
         assert all(
             torch.equal(value, model.state_dict()[name])
             for name, value in built.state_dict().items()
@@ -286,11 +286,11 @@ class TestWeights:
 
     def test_images_of_another_size(self):
         model = network()
-        built = Networks(decoder_heads=4, image_size=48).build(
+        built = NetworkOptions(decoder_heads=4, image_size=48).build(
             Tokens(), checkpoint=model.state_dict()
         )
         assert built.encode_image(torch.zeros(1, 3, 48, 48)).shape == (1, 36, 32)
-        wide = Networks(decoder=(32, 1), image_size=48).build(Tokens(), clip_state())
+        wide = NetworkOptions(decoder=(32, 1), image_size=48).build(Tokens(), clip_state())
         assert wide.encode_image(torch.zeros(1, 3, 48, 48)).shape == (1, 36, 32)
 
     def test_clips_resnet(self):
@@ -302,25 +302,27 @@ class TestWeights:
             "patch_size": 0,
         }
         state = OpenAICLIP(OpenAIConfig(**sizes, text=TextShape(8, 30, 64, 1, 1))).state_dict()
-        model = Networks(decoder=(32, 1), decoder_heads=2).build(Tokens(), state)
+        model = NetworkOptions(decoder=(32, 1), decoder_heads=2).build(Tokens(), state)
         assert torch.equal(
             model.vision_encoder.layer4[0].conv3.weight, state["visual.layer4.0.conv3.weight"]
         )
         assert model.encode_image(torch.zeros(2, 3, 64, 64)).shape == (2, 4, 32)
-        again = Networks(decoder_heads=2, image_size=64).build(
+        again = NetworkOptions(decoder_heads=2, image_size=64).build(
             Tokens(), checkpoint=model.state_dict()
         )
         image = torch.randn(2, 3, 64, 64)
         assert torch.equal(again.eval().encode_image(image), model.eval().encode_image(image))
         model.vision_encoder.conv1.weight.requires_grad_(False)
         assert not model.train().vision_encoder.bn1.training  # statistics of a frozen tower stay
-        small = Networks(decoder=(32, 1), resnet=[8, 1, 1], image_size=48).build(Tokens())
+        small = NetworkOptions(decoder=(32, 1), resnet=[8, 1, 1], image_size=48).build(Tokens())
         assert small.encode_image(torch.zeros(1, 3, 48, 48)).shape == (1, 36, 32)
 
     @torch.no_grad()
     def test_the_places_of_a_resnet(self):
         """A map of 12 x 12 places, halved once; every place is where it is in the image."""
-        model = Networks(decoder=(32, 1), resnet=[8, 1, 1], image_size=48).build(Tokens()).eval()
+        model = (
+            NetworkOptions(decoder=(32, 1), resnet=[8, 1, 1], image_size=48).build(Tokens()).eval()
+        )
         image = torch.zeros(2, 3, 48, 48)
         image[1, :, :8, :8] = 3.0
         blank, marked = model.encode_image(image)
@@ -333,20 +335,20 @@ class TestWeights:
         state = dict(network().state_dict())
         del state["language_decoder.layers.1.feed_forward.w2.weight"]
         with pytest.raises(UserError, match=r"layers.1.feed_forward.w2.weight"):
-            Networks(decoder_heads=4).build(Tokens(), checkpoint=state)
+            NetworkOptions(decoder_heads=4).build(Tokens(), checkpoint=state)
 
 
 class TestRefused:
     def test_another_tokenizer(self):
         with pytest.raises(UserError, match=r"33 entries.*but the checkpoint embeds 40"):
-            Networks(decoder_heads=4).build(
+            NetworkOptions(decoder_heads=4).build(
                 type("T", (), {"vocab_size": 33, "image": 31}), checkpoint=network().state_dict()
             )
 
     def test_another_tokenizer_than_llamas(self, tmp_path):
         meta_folder(tmp_path, vocabulary=60)
         with pytest.raises(UserError, match="60 embeddings, but the tokenizer has 38 entries"):
-            Networks().build(Tokens(), None, tmp_path)
+            NetworkOptions().build(Tokens(), None, tmp_path)
         with pytest.raises(UserError, match=r"use the tokenizer.model that belongs"):
             decoder_state({"tok_embeddings.weight": torch.zeros(3, 4)}, 40, "here")
         with pytest.raises(UserError, match="40 embeddings, but the tokenizer has 38 entries;"):
@@ -354,11 +356,13 @@ class TestRefused:
 
     def test_deeper_than_it_is(self):
         with pytest.raises(UserError, match="has 2 blocks, it cannot be cut to 3"):
-            Networks(decoder_layers=3).build(Tokens(), checkpoint=network().state_dict())
+            NetworkOptions(decoder_layers=3).build(Tokens(), checkpoint=network().state_dict())
 
     def test_some_blocks_of_a_resnet(self):
         names = list(
-            Networks(decoder=(32, 1), resnet=[8, 1], image_size=32).build(Tokens()).state_dict()
+            NetworkOptions(decoder=(32, 1), resnet=[8, 1], image_size=32)
+            .build(Tokens())
+            .state_dict()
         )
         with pytest.raises(
             UserError, match="train_vision_blocks: a ResNet's blocks are trained all together"
@@ -369,7 +373,7 @@ class TestRefused:
     @pytest.mark.parametrize("sizes", [[8], [8, 0], [7, 1], [8, 1, 1, 1, 1, 1]])
     def test_sizes_of_no_resnet(self, sizes):
         with pytest.raises(UserError, match="name an even width, then the blocks"):
-            Networks(resnet=sizes)
+            NetworkOptions(resnet=sizes)
 
     def test_no_recognition_network(self):
         with pytest.raises(UserError, match="no NXTP checkpoint"):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -235,6 +236,22 @@ class NonFinite(UserError):
     """The loss or its gradient became NaN or infinite; the weights are those before that step."""
 
 
+class LossScaler(torch.amp.GradScaler):
+    """torch's, also where some parameters are sharded and others, as temperatures, are whole."""
+
+    def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
+        """As torch's, for each kind by itself; where one is not finite says `found_inf` on all."""
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        found: dict[torch.device, torch.Tensor] = {}
+        for part in by_kind(weights):
+            group = SimpleNamespace(param_groups=[{"params": part}])
+            for device, flag in (
+                super()._unscale_grads_(group, inv_scale, found_inf, allow_fp16).items()
+            ):
+                found[device] = torch.maximum(flag, found.get(device, flag))
+        return found
+
+
 class Precision:
     """Autocast, loss scaling and the update, for `fp32`, `bf16` and `fp16`.
 
@@ -257,7 +274,7 @@ class Precision:
         self.dtype = PRECISIONS[precision]
         self.device = device
         self.clip = clip or None  # a norm of 0 would leave nothing of any gradient
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.scaler = LossScaler(device.type, enabled=precision == "fp16")
         self.found_inf = torch.zeros((), device=device)  # sticky: 1 from the first bad step on
         self.good_steps = torch.zeros((), device=device)
         if device.type == "cuda":

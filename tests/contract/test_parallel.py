@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from base import distributed
 from base.errors import UserError
-from runtime.optim.build import Optimizer, Precision, build_optimizer
+from runtime.optim.build import LossScaler, Optimizer, Precision, build_optimizer
 from runtime.options import RunConfig
 from runtime.parallel import (
     ParallelOptions,
@@ -69,10 +69,11 @@ def data():
     return torch.randn(STEPS, 8, 8, generator=generator), torch.randn(STEPS, 8, generator=generator)
 
 
-def train(model, rank=0, size=1, micro=1, clip=0.1):
+def train(model, rank=0, size=1, micro=1, clip=0.1, scaler=None):
     """STEPS updates on this rank's share of each batch, in `micro` parts. Returns the gradient
     norms."""
     optimizer, precision = build_optimizer(model, Optimizer(lr=0.05)), Precision("fp32", CPU, clip)
+    precision.scaler = scaler or precision.scaler
     norms = []
     for x, y in zip(*data(), strict=True):
         parts = list(
@@ -208,6 +209,40 @@ def test_two_processes_equal_one(strategy, micro, straight, tmp_path):
     trained = network()
     trained.load_state_dict(result["state"])
     assert result["loss"] == pytest.approx(first_loss(trained), rel=1e-6)
+
+
+def _scaled_losses(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    world = distributed.World(rank, 2, rank, CPU)
+    model = parallelize(network(), world, ParallelOptions("fsdp"))
+    scaler = LossScaler("cpu", init_scale=64.0)
+    norms, optimizer = train(model, rank, 2, scaler=scaler)
+    options = dcp.StateDictOptions(full_state_dict=True)
+    before = dcp.get_model_state_dict(model, options=options)
+    model(x=data()[0][0], y=data()[1][0])["loss_a"].backward()
+    if rank == 1:
+        model.blocks[0].dense.weight.grad.to_local()[0, 0] = float("inf")
+    precision = Precision("fp32", CPU)
+    precision.scaler = scaler
+    precision.step(optimizer, model.parameters())
+    after = dcp.get_model_state_dict(model, options=options)
+    facts = {"left": all(torch.equal(before[name], after[name]) for name in after)}
+    facts["scales"] = distributed.gather_objects(scaler.get_scale())
+    if rank == 0:
+        torch.save({"state": before, "norms": norms, **facts}, f"{folder}/result.pt")
+    distributed.shutdown()
+
+
+@needs_fsdp2
+def test_losses_are_scaled_beside_a_whole_temperature(straight, tmp_path):
+    """--precision fp16 with fsdp ended at the first update; an overflow that one process alone sees
+    leaves out the update of all."""
+    start_processes(_scaled_losses, (str(tmp_path),), 2)
+    result = torch.load(tmp_path / "result.pt", weights_only=True)
+    assert_same(result["state"], result["norms"], straight)
+    assert result["left"] and result["scales"] == [32.0, 32.0]
 
 
 @needs_fsdp2

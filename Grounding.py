@@ -142,10 +142,9 @@ def train_step(model, teacher, next_batch, alpha, config: Config, precision) -> 
 
 def locate(
     model: Retrieval, data: ReferringExpressions, tokenizer: Tokenizer, config: Config, start: Start
-) -> tuple[Tensor, list[Pointing]]:
-    """Maps float32 [R,g,g] of all expressions and what they point to, the same on every process.
-
-    Grad-CAM needs gradients: the network is in eval mode, but autograd stays on.
+) -> tuple[Tensor, list[Pointing], dict[str, int]]:
+    """Maps float32 [R,g,g] of all expressions, what they point to, and damaged images, the same on
+    every process. Grad-CAM needs gradients: the network is in eval mode, but autograd stays on.
     """
     make_map = {"itm": matching_map, "itc": contrast_map}[config.gradcam_mode]
     own, batches = split_loader(data, TextCollate(tokenizer), config, start.world)
@@ -158,7 +157,7 @@ def locate(
     with start.precision.autocast():
         (maps,) = over_split(predict, batches, own, len(data), start.world, "grounding")
     model.train(training)
-    return maps, point_all(maps, data.targets, data.boxes, start.world)
+    return maps, point_all(maps, data.targets, data.boxes, start.world), batches.damages()
 
 
 def scores(found: list[Pointing], data: ReferringExpressions) -> dict[str, dict[str, float]]:
@@ -177,7 +176,7 @@ def train(model: Retrieval, data: ReferringExpressions | None, tokenizer, config
     teacher = MomentumPairs(model, config.momentum)
 
     if run.validation_due(run.step):  # a run that was killed in it
-        _, found = locate(whole_model(model), data, tokenizer, config, start)
+        _, found, _ = locate(whole_model(model), data, tokenizer, config, start)
         run.keep_best(scores(found, data)["val"], run.step)
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
@@ -186,7 +185,7 @@ def train(model: Retrieval, data: ReferringExpressions | None, tokenizer, config
         grad_norm = start.precision.step(optimizer, model.parameters())
         run.log_step(step + 1, **losses, grad_norm=grad_norm)
         if run.validation_due(step + 1):
-            _, found = locate(whole_model(model), data, tokenizer, config, start)
+            _, found, _ = locate(whole_model(model), data, tokenizer, config, start)
             run.keep_best(scores(found, data)["val"], step + 1)
         run.save_if_due(step + 1)
         run.leave_if_interrupted(step + 1)
@@ -235,9 +234,10 @@ def main(config: Config) -> None:
         start_from(model, read_weights(config.checkpoint), "retrieval")
     if data is None:
         return
-    maps, found = locate(model.to(start.world.device), data, tokenizer, config, start)
+    maps, found, damages = locate(model.to(start.world.device), data, tokenizer, config, start)
     by_split = scores(found, data)
     metrics = {"gradcam_mode": config.gradcam_mode, "block_num": config.block_num, **by_split}
+    metrics |= damages
     if start.world.is_main:
         with reading(config.exif, grey=True):  # images as the network saw them
             sections = report(data, maps, found, by_split)

@@ -162,7 +162,8 @@ def train_step(model, teacher, next_batch, alpha, config: Config, precision) -> 
 
 
 def evaluate(model: StatementModel, pairs: Statements, tokenizer, config: Config, start: Start):
-    """Logits float32 [R,2] of all pairs of a split, the same on every process."""
+    """`(logits float32 [R,2], damaged images)` of all pairs of a split, the same on every
+    process."""
     own, batches = split_loader(pairs, TextCollate(tokenizer), config, start.world)
     return statement_logits(model, batches, own, len(pairs), start.world, start.precision)
 
@@ -178,8 +179,8 @@ def train(model, val: Statements | None, tokenizer: Tokenizer, config, start: St
     teacher = MomentumPairs(model, config.momentum) if finetunes and config.distill else None
 
     if run.validation_due(run.step):  # a run that was killed in it
-        logits = evaluate(whole_model(model), val, tokenizer, config, start)
-        run.keep_best(class_accuracy(logits, val.labels, NLVR2.classes), run.step)
+        logits, damages = evaluate(whole_model(model), val, tokenizer, config, start)
+        run.keep_best(class_accuracy(logits, val.labels, NLVR2.classes) | damages, run.step)
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
         alpha = torch.full((), config.alpha_at(step, plan), device=start.world.device)
@@ -187,8 +188,8 @@ def train(model, val: Statements | None, tokenizer: Tokenizer, config, start: St
         grad_norm = start.precision.step(optimizer, model.parameters())
         run.log_step(step + 1, **losses, grad_norm=grad_norm)
         if run.validation_due(step + 1):
-            logits = evaluate(whole_model(model), val, tokenizer, config, start)
-            run.keep_best(class_accuracy(logits, val.labels, NLVR2.classes), step + 1)
+            logits, damages = evaluate(whole_model(model), val, tokenizer, config, start)
+            run.keep_best(class_accuracy(logits, val.labels, NLVR2.classes) | damages, step + 1)
         run.save_if_due(step + 1)
         run.leave_if_interrupted(step + 1)
     if not finetunes:
@@ -227,11 +228,11 @@ def main(config: Config) -> None:
     if not config.evaluate:
         model = build_model(config, tokenizer, read_weights(config.checkpoint))
     model.to(start.world.device)
-    logits = {}
+    judged = {}
     for split, pairs in splits.items():
-        logits[split] = evaluate(model, pairs, tokenizer, config, start)
+        judged[split] = evaluate(model, pairs, tokenizer, config, start)
     if splits:
-        write_results(config, "NLVR2", *class_results(logits, splits, NLVR2.classes))
+        write_results(config, "NLVR2", *class_results(judged, splits, NLVR2.classes))
 
 
 if __name__ == "__main__":

@@ -26,15 +26,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from base.distributed import World
 from base.errors import UserError
 from base.names import check_stems
 from dataset.images.decode import check_image_root
-from dataset.loading.eval import EvalLoader
 from dataset.loading.stream import RecordSource, StreamLoader
 from dataset.sources.records import Records
 from dataset.tasks.compositional import CaptionChoices, ViewedChoices, choices_of_file
-from dataset.tasks.loaders import eval_loader, test_view, train_loader, training_view
+from dataset.tasks.loaders import ImageBatches, test_view, train_loader, training_view
 from dataset.tasks.retrieval import RetrievalCollate, RetrievalPair, RetrievalSet, number_images
 from dataset.text.wordpiece import Tokenizer, pre_caption
 from evaluation.compositional import match_examples
@@ -134,23 +132,15 @@ def train_step(model, teacher, next_batch, alpha, config: Config, precision) -> 
     return total
 
 
-def image_loader(data: RetrievalSet | ViewedChoices, config: Config, world: World):
-    """load(indices) -> batches of the images, in order."""
-
-    def load(indices: list[int]) -> EvalLoader:
-        return eval_loader(data.load, indices, config.batch_size_test, torch.stack, config, world)
-
-    return load
-
-
 def choose(model: Retrieval, data: CaptionChoices, tokenizer, config: Config, start: Start) -> dict:
     """Accuracies in percent of going for the right caption and image, by ITM and ITC."""
     texts = [pre_caption(caption, config.max_words) for caption in data.captions]
     ids, mask = tokenizer(texts, config.max_tokens, lengths=None)
+    images = ImageBatches(ViewedChoices(data, test_view(config)), config, start.world)
     with evaluating(model), start.precision.autocast():
-        return match_examples(
+        found = match_examples(
             model,
-            image_loader(ViewedChoices(data, test_view(config)), config, start.world),
+            images,
             Captions(ids, mask, data.example_captions),
             data.example_images,
             data.example_captions,
@@ -158,16 +148,18 @@ def choose(model: Retrieval, data: CaptionChoices, tokenizer, config: Config, st
             image_batch=config.batch_size_test,
             keep_text_states=not model.config.bert.single_stream,
         )
+    return found | images.damages()
 
 
 def evaluate(model: Retrieval, data: RetrievalSet, tokenizer, config: Config, start: Start):
     """`(recalls in percent, both rankings)` of one split, the same on every process."""
     ids, mask = tokenizer(data.captions, config.max_tokens, lengths=None)
     captions = Captions(ids, mask, torch.tensor(data.txt2img))
+    images = ImageBatches(data, config, start.world)
     with evaluating(model), start.precision.autocast():
         rankings = rank(
             model,
-            image_loader(data, config, start.world),
+            images,
             len(data),
             captions,
             start.world,
@@ -179,7 +171,8 @@ def evaluate(model: Retrieval, data: RetrievalSet, tokenizer, config: Config, st
             similarity_weight=1 / model.temp.item() if config.score == "sum" else 0.0,
         )
     by_chance = chance(captions.image, len(data))["r_mean"]
-    return recalls(*rankings, captions.image) | {"chance": by_chance}, rankings
+    scores = recalls(*rankings, captions.image) | {"chance": by_chance}
+    return scores | images.damages(), rankings
 
 
 def train(model: Retrieval, val: RetrievalSet | None, tokenizer, config, start: Start) -> Path:

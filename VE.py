@@ -110,8 +110,9 @@ def train_step(student, teacher, next_batch, alpha, config, precision) -> dict:
     return total
 
 
-def judge(model: StatementModel, data: Statements, tokenizer, config, start: Start) -> torch.Tensor:
-    """Logits float32 [R,3] of all sentences of a split, the same on every process."""
+def judge(model: StatementModel, data: Statements, tokenizer, config, start: Start):
+    """`(logits float32 [R,3], damaged images)` of all sentences of a split, the same on every
+    process."""
     model.to(start.world.device)
     own, batches = split_loader(data, TextCollate(tokenizer), config, start.world)
     return statement_logits(model, batches, own, len(data), start.world, start.precision)
@@ -128,8 +129,8 @@ def train(model: StatementModel, val: Statements | None, tokenizer, config, star
     teacher = MomentumPairs(model, config.momentum) if config.distill else None
 
     if run.validation_due(run.step):  # a run that was killed in it
-        logits = judge(whole_model(model), val, tokenizer, config, start)
-        run.keep_best(class_accuracy(logits, val.labels, SNLI_VE.classes), run.step)
+        logits, damages = judge(whole_model(model), val, tokenizer, config, start)
+        run.keep_best(class_accuracy(logits, val.labels, SNLI_VE.classes) | damages, run.step)
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
         alpha = torch.full((), config.alpha_at(step, plan), device=world.device)
@@ -137,8 +138,8 @@ def train(model: StatementModel, val: Statements | None, tokenizer, config, star
         grad_norm = precision.step(optimizer, model.parameters())
         run.log_step(step + 1, **losses, grad_norm=grad_norm)
         if run.validation_due(step + 1):
-            logits = judge(whole_model(model), val, tokenizer, config, start)
-            run.keep_best(class_accuracy(logits, val.labels, SNLI_VE.classes), step + 1)
+            logits, damages = judge(whole_model(model), val, tokenizer, config, start)
+            run.keep_best(class_accuracy(logits, val.labels, SNLI_VE.classes) | damages, step + 1)
         run.save_if_due(step + 1)
         run.leave_if_interrupted(step + 1)
     return run.finish()
@@ -160,8 +161,8 @@ def main(config: Config) -> None:
         config.checkpoint = train(model, val, tokenizer, config, start)
         model = build_model(config, tokenizer)
         start_from(model, read_weights(config.checkpoint), "ve")
-    logits = {split: judge(model, data, tokenizer, config, start) for split, data in splits.items()}
-    metrics, cards = class_results(logits, splits, SNLI_VE.classes)
+    judged = {split: judge(model, data, tokenizer, config, start) for split, data in splits.items()}
+    metrics, cards = class_results(judged, splits, SNLI_VE.classes)
     write_results(config, "Visual entailment", metrics, cards)
 
 

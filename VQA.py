@@ -164,9 +164,9 @@ def train_step(model, teacher, next_batch, alpha, config: Config, precision) -> 
 
 def evaluate(
     model: Vqa, data: QuestionSet, answers: list[str], tokenizer, config: Config, start: Start
-) -> tuple[Tensor, Tensor]:
-    """`(indices of the best answers int64 [Q,5], their probabilities [Q,5])` for all questions, the
-    same on every process."""
+) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """`(indices of the best answers int64 [Q,5], their probabilities [Q,5], damaged images)` for
+    all questions, the same on every process."""
     own, batches = split_loader(data, TextCollate(tokenizer), config, start.world)
     ids, mask = encode_answers(answers, tokenizer)
     ids = ids.to(start.world.device)
@@ -178,7 +178,8 @@ def evaluate(
         return best[:, :SHOWN], probability[:, :SHOWN]
 
     with evaluating(model), start.precision.autocast():
-        return over_split(predict, batches, own, len(data), start.world, "answering")
+        found = over_split(predict, batches, own, len(data), start.world, "answering")
+    return *found, batches.damages()
 
 
 def accuracy(data: QuestionSet, answers: list[str], best: Tensor, config: Config) -> dict:
@@ -199,8 +200,8 @@ def train(model: Vqa, val: QuestionSet | None, answers, tokenizer, config, start
     teacher = MomentumPairs(model, config.momentum) if config.distill else None
 
     if run.validation_due(run.step):  # a run that was killed in it
-        best, _ = evaluate(whole_model(model), val, answers, tokenizer, config, start)
-        run.keep_best(accuracy(val, answers, best, config), run.step)
+        best, _, damages = evaluate(whole_model(model), val, answers, tokenizer, config, start)
+        run.keep_best(accuracy(val, answers, best, config) | damages, run.step)
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
         alpha = torch.full((), config.alpha_at(step, plan), device=start.world.device)
@@ -208,8 +209,8 @@ def train(model: Vqa, val: QuestionSet | None, answers, tokenizer, config, start
         grad_norm = start.precision.step(optimizer, model.parameters())
         run.log_step(step + 1, **losses, grad_norm=grad_norm)
         if run.validation_due(step + 1):
-            best, _ = evaluate(whole_model(model), val, answers, tokenizer, config, start)
-            run.keep_best(accuracy(val, answers, best, config), step + 1)
+            best, _, damages = evaluate(whole_model(model), val, answers, tokenizer, config, start)
+            run.keep_best(accuracy(val, answers, best, config) | damages, step + 1)
         run.save_if_due(step + 1)
         run.leave_if_interrupted(step + 1)
     return run.finish()
@@ -232,8 +233,9 @@ def main(config: Config) -> None:
     metrics = {"k_test": min(config.k_test, len(answers))}
     sections = []
     for split, data in splits.items():
-        best, probability = evaluate(model, data, answers, tokenizer, config, start)
-        metrics[split] = accuracy(data, answers, best, config) or {"questions": len(data)}
+        best, probability, damages = evaluate(model, data, answers, tokenizer, config, start)
+        scores = accuracy(data, answers, best, config) or {"questions": len(data)}
+        metrics[split] = scores | damages
         if start.world.is_main:
             file = config.output_dir / f"result/vqa_result_{split}.json"
             save_answers(file, likeliest_answers(data.ids, answers, best))

@@ -1,6 +1,6 @@
 """Accuracy of a classifier, overall and by class."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -13,19 +13,21 @@ from runtime.run import evaluating
 
 
 def statement_logits(
-    model, batches: Iterable[dict], own: Sequence[int], total: int, world: World, precision
-) -> Tensor:
-    """Logits float32 [total,C] of all sentences of a split, the same on every process.
+    model, batches, own: Sequence[int], total: int, world: World, precision
+) -> tuple[Tensor, dict[str, int]]:
+    """`(logits float32 [total,C], damaged images)` of all sentences of a split, the same on every
+    process.
 
-    model: has `logits`; batches of the rows `own` of this process, see `over_split`; precision:
-    runtime.optim.build.Precision.
+    model: has `logits`; batches: dataset.loading.eval.EvalLoader of the rows `own` of this process;
+    precision: runtime.optim.build.Precision.
     """
 
     def predict(**batch: Tensor) -> tuple[Tensor]:
         return (model.logits(**batch),)
 
     with evaluating(model), precision.autocast():
-        return over_split(predict, batches, own, total, world, "judging")[0]
+        (logits,) = over_split(predict, batches, own, total, world, "judging")
+    return logits, batches.damages()
 
 
 def class_accuracy(logits: Tensor, labels: Tensor, names: Sequence[str]) -> dict:
@@ -61,21 +63,20 @@ def confusion_table(logits: Tensor, labels: Tensor, names: Sequence[str]) -> str
 
 
 def class_results(
-    logits: Mapping[str, Tensor], splits: Mapping, names: Sequence[str]
+    judged: Mapping[str, tuple[Tensor, dict]], splits: Mapping, names: Sequence[str]
 ) -> tuple[dict, list[str]]:
     """`(metrics by split, cards of the report)`; the cards on rank 0 alone, the last split's first.
 
-    logits by split [R,C]; splits: data with `labels` int64 [R], `records` and `files`; names of the
+    judged by split: see `statement_logits`; splits: data with `labels` int64 [R], `records` and `files`; names of the
     classes.
     """
     metrics = {}
     cards = []
     for split, data in splits.items():
-        metrics[split] = class_accuracy(logits[split], data.labels, names)
+        logits, damages = judged[split]
+        metrics[split] = class_accuracy(logits, data.labels, names) | damages
         if rank() == 0:
-            own = statement_report(
-                split, logits[split], data.labels, names, data.records, data.files
-            )
+            own = statement_report(split, logits, data.labels, names, data.records, data.files)
             cards = own + cards
     return metrics, cards
 

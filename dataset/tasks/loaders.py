@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from dataset.images.albef import TestTransform, TrainTransform
 from dataset.images.randaugment import RandAugment
 from dataset.loading.eval import EvalLoader, shard_indices
@@ -47,6 +49,26 @@ def split_loader(data, collate: Callable, knobs, world) -> tuple[range, EvalLoad
     length."""
     own = shard_indices(len(data), world.rank, world.size)
     return own, eval_loader(data.load, own, knobs.batch_size_test, collate, knobs, world)
+
+
+class ImageBatches:
+    """Called with indices: batches of these images of `data`, which has `load`, in order."""
+
+    def __init__(self, data, knobs, world):
+        self.data = data
+        self.knobs = knobs
+        self.world = world
+
+    def __call__(self, indices: Sequence[int]) -> EvalLoader:
+        size = self.knobs.batch_size_test
+        self.loader = eval_loader(
+            self.data.load, indices, size, torch.stack, self.knobs, self.world
+        )
+        return self.loader
+
+    def damages(self) -> dict[str, int]:
+        """Damaged images of the last pass, for the metrics."""
+        return self.loader.damages()
 
 
 def eval_loader(

@@ -102,6 +102,29 @@ def test_evaluation_inherits_the_network_and_repeats_the_scores(
     assert not (tmp_path / "out/log.jsonl").exists()
 
 
+@TASKS
+def test_unreadable_images_are_counted_beside_the_scores(digitscenes, finetuned, task, tmp_path):
+    """In metrics.json, by split; RefCOCO+'s one list has several."""
+    name = {"Grounding": "refcoco+"}.get(task, task.lower())
+    entries = json.loads((digitscenes / f"{name}_test.json").read_text())[:5]
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    if task == "NLVR":
+        entries[1]["images"][1] = str(broken)
+    else:
+        entries[1]["image"] = str(broken)
+    (tmp_path / "test.json").write_text(json.dumps(entries))
+    more = ["--evaluate", "--checkpoint", finetuned(task), "--error_budget", "0.2"]
+    more += ["--test_file", tmp_path / "test.json"]
+    if task != "Grounding":
+        more += ["--val_file", "none"]
+    if task == "VQA":
+        more += ["--test_answers", "none"]
+    found = start(task, digitscenes, tmp_path / "out", *more)
+    found = found if task == "Grounding" else found["test"]
+    assert found["unreadable_images"] == 1 and "truncated_images" not in found
+
+
 @pytest.mark.parametrize("two_stage", [False, True], ids=["simla", "albef"])
 @pytest.mark.parametrize("task", ["VQA", "VE", "NLVR_TA", "Grounding"])
 def test_start_from_a_pretraining_checkpoint(digitscenes, tmp_path, task, two_stage, capfd):

@@ -279,13 +279,9 @@ def test_unreadable_image_of_the_test_set_is_named(data, finetuned, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no image")
     entries[3]["image"] = str(tmp_path / "broken.jpg")
     (tmp_path / "test.json").write_text(json.dumps(entries))
+    more = ["--evaluate", "--checkpoint", finetuned, "--test_file", tmp_path / "test.json"]
     with pytest.raises(ValueError, match=r"broken.jpg"):
-        start(
-            data,
-            tmp_path,
-            "--evaluate",
-            "--checkpoint",
-            finetuned,
-            "--test_file",
-            tmp_path / "test.json",
-        )
+        start(data, tmp_path, *more)
+    within = start(data, tmp_path, *more, "--error_budget", "0.05")
+    assert within["test"].keys() == RECALLS | {"unreadable_images"}
+    assert within["test"]["unreadable_images"] == 1

@@ -245,9 +245,8 @@ class LossScaler(torch.amp.GradScaler):
         found: dict[torch.device, torch.Tensor] = {}
         for part in by_kind(weights):
             group = SimpleNamespace(param_groups=[{"params": part}])
-            for device, flag in (
-                super()._unscale_grads_(group, inv_scale, found_inf, allow_fp16).items()
-            ):
+            flags = super()._unscale_grads_(group, inv_scale, found_inf, allow_fp16)
+            for device, flag in flags.items():
                 found[device] = torch.maximum(flag, found.get(device, flag))
         return found
 

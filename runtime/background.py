@@ -36,11 +36,6 @@ class Background:
             self.error = error
 
     @property
-    def busy(self) -> bool:
-        """Whether a task is under way."""
-        return self.thread is not None and self.thread.is_alive()
-
-    @property
     def failure(self) -> str | None:
         """What the last task failed with, in one line; None where it did not, or is under way."""
         return None if self.error is None else str(self.error) or repr(self.error)

@@ -183,6 +183,8 @@ def _device(device: str, local_rank: int) -> torch.device:
             f"--device {device}: no CUDA device is visible; use --device cpu, or look at `nvidia-smi`"
         )
     count = torch.cuda.device_count()
+    if count == 1 and _has_its_own_gpu(os.environ):
+        local_rank = 0
     if chosen.index is not None and chosen.index >= count:
         raise UserError(f"--device {device}: this node shows {count} GPUs, counted from cuda:0")
     if chosen.index is None and local_rank >= count:
@@ -194,6 +196,12 @@ def _device(device: str, local_rank: int) -> torch.device:
     torch.cuda.set_device(chosen)
     allow_tf32(False)  # until a script asks for bf16 or fp16: its Precision then allows it
     return chosen
+
+
+def _has_its_own_gpu(env: Mapping[str, str]) -> bool:
+    """Whether Slurm shows each task another GPU alone, by --gpus-per-task 1 or --gpu-bind."""
+    binds = env.get("SLURM_GPUS_PER_TASK") == "1" or env.get("SLURM_GPU_BIND", "none") != "none"
+    return binds and "TORCHELASTIC_RUN_ID" not in env
 
 
 def allow_tf32(allowed: bool) -> None:

@@ -115,6 +115,20 @@ def test_a_gpu_that_is_not_there_is_one_clear_error(monkeypatch, asked, said):
         distributed.init(asked)
 
 
+@pytest.mark.parametrize("name, value", [("GPUS_PER_TASK", "1"), ("GPU_BIND", "single:1")])
+def test_a_task_that_sees_its_own_gpu_alone_computes_on_it(monkeypatch, name, value):
+    """`srun --gpus-per-task 1` shows the GPU of every task as the first one."""
+    for known, answer in (("is_available", True), ("device_count", 1), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, known, lambda *_, answer=answer: answer)
+    with pytest.raises(UserError, match="local rank 3 has no GPU"):
+        distributed._device("auto", 3)
+    monkeypatch.setenv(f"SLURM_{name}", value)
+    assert distributed._device("auto", 3) == torch.device("cuda", 0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one task, whose torchrun has started too many")
+    with pytest.raises(UserError, match="local rank 3 has no GPU"):
+        distributed._device("auto", 3)
+
+
 def test_cuda_without_a_gpu_is_one_clear_error():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

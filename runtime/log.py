@@ -17,6 +17,7 @@ from base.errors import UserError
 from base.reading import parse_json
 from base.writing import file_errors, strict_json, write_bytes, write_text
 from runtime.checkpoint import RESUMABLE
+from runtime.options import starts_over
 
 
 class Meters:
@@ -281,9 +282,10 @@ def _start_wandb(folder: Path, config: dict, mode: str):
         raise UserError(
             f"--wandb {mode}: the package is not installed; `pip install wandb`, or --wandb off"
         ) from None
-    # one W&B run per folder, over all resumes: its id is kept in the folder
+    # one W&B run over all resumes, whose id is kept in the folder; it takes no step a second time,
+    # so that a run from scratch is another one
     note = folder / "wandb_id.txt"
-    if not note.exists():
+    if not note.exists() or starts_over(config.get("resume", "auto")):
         write_text(note, secrets.token_hex(8))
     return wandb.init(
         project="quintet",

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -67,6 +68,16 @@ def test_a_bar_is_drawn_seldom_where_it_goes_to_a_file(monkeypatch):
         with progress_bar(total=3) as bar:
             pauses = (bar.mininterval, bar.maxinterval)
         assert pauses == ((1, 10) if on_terminal else (30, 30))
+
+
+def test_a_run_from_scratch_is_a_new_run_to_wandb(tmp_path, monkeypatch):
+    """It took no step that the run before had made."""
+    ids = []
+    fake = SimpleNamespace(init=lambda id, **_: ids.append(id) or SimpleNamespace(finish=int))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for resume in ("auto", "auto", "no", "auto"):
+        RunLog(tmp_path, WORLD, {"resume": resume}, tensorboard=False, wandb="online").close()
+    assert ids[0] == ids[1] != ids[2] == ids[3]
 
 
 def test_tensorboard_events_are_written(tmp_path):

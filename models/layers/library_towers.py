@@ -11,6 +11,7 @@ image-text model before the first pair.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -162,12 +163,19 @@ class HuggingFaceText(nn.Module):
         self.source, _ = parse_tower(tower, "text_tower", "hf")
         remedy = " (config.json, tokenizer, weights)"
         config = hugging_face_config(self.source, remedy, "text_tower ")
+        if config.is_encoder_decoder or not hasattr(config, "vocab_size"):
+            raise UserError(
+                f"text_tower {tower}: a {config.model_type} is no text encoder; name one, such as "
+                "hf/sentence-transformers/all-MiniLM-L6-v2"
+            )
         with from_hub(f"text_tower {tower}"):
             self.trunk = transformers.AutoModel.from_config(config)
         if getattr(self.trunk, "pooler", None) is not None:
             self.trunk.pooler = None  # its output is not used, and would get no gradient
         self.num_features = config.hidden_size
         self.pad_id = config.pad_token_id or 0
+        with suppress(UserError):  # a plan goes without a tokenizer, whose padding may be another
+            self.pad_id = hugging_face_tokenizer(self.source).pad_token_id
 
     def forward(self, text_ids: Tensor) -> Tensor:
         mask = text_ids != self.pad_id

@@ -1,6 +1,7 @@
 """main.py with towers of timm and transformers: LiT, from training to evaluation."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import main as script
 from base.errors import UserError
 from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
-from models.layers.library_towers import class_names, start_towers
+from models.layers.library_towers import HuggingFaceText, class_names, start_towers
 from runtime.checkpoint import read_weights
 from runtime.config.cli import parse
 from tests.helpers.main_runs import arguments
@@ -128,6 +129,32 @@ def test_towers_are_the_libraries_own(bert, weights):
     mask = encoded["attention_mask"][..., None]
     mean = (states * mask).sum(1) / mask.sum(1)
     torch.testing.assert_close(model.embed_text(encoded["input_ids"])["feats"], mean)
+
+
+def test_texts_are_masked_by_the_padding_of_their_tokenizer(bert, tmp_path):
+    """Not by that of config.json, of which GPT-2's and others have none."""
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    about = json.loads((folder / "config.json").read_text())
+    tower = HuggingFaceText(f"hf/{folder}").eval()
+    (folder / "config.json").write_text(json.dumps(about | {"pad_token_id": None}))
+    words = [WORDS[5], *WORDS[1:5], "[PAD]", *WORDS[6:]]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    other = HuggingFaceText(f"hf/{folder}").eval()
+    other.load_state_dict(tower.state_dict())
+    assert (tower.pad_id, other.pad_id) == (0, 5)
+    text = torch.tensor([[2, 9, 8, 3]])
+    padded = torch.nn.functional.pad(text, (0, 3), value=5)
+    torch.testing.assert_close(other(padded), tower(text))
+
+
+@pytest.mark.parametrize("kind", ["T5Config", "ViTConfig", "CLIPConfig"])
+def test_what_is_no_text_encoder(kind, tmp_path):
+    import transformers
+
+    getattr(transformers, kind)().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is no text encoder"):
+        HuggingFaceText(f"hf/{tmp_path}")
 
 
 def test_an_image_starts_as_the_mean_of_its_classes_names(bert, weights, tmp_path):

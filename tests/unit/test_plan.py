@@ -11,6 +11,7 @@ import torch
 from base.errors import UserError
 from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
+from models.layers.library_towers import HuggingFaceText
 from runtime.gpus import GPUS
 from runtime.simulate import bounds as b
 from runtime.simulate.fusion import Group
@@ -339,6 +340,8 @@ def test_a_text_tower_has_its_own_sizes_or_assumed_ones(tmp_path):
     nowhere = DualConfig(text_tower="hf/no/such", tower_classes="names", embed_dim=384)
     with sized_text_tower(nowhere) as (network, said):
         assert said.startswith("text_tower hf/no/such is not here: a BERT of 12 layers, width 384")
+        with torch.device("meta"):
+            assert HuggingFaceText(network.text_tower).num_features == 384
         sizes = transformers.AutoConfig.from_pretrained(network.text_tower.removeprefix("hf/"))
     assert (sizes.hidden_size, sizes.vocab_size) == (384, network.vocab_size) == (384, 30522)
     with (

@@ -153,7 +153,8 @@ def _adopt_slurm(env) -> None:
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
     env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
-    env.setdefault("MASTER_ADDR", first_host(nodes))
+    # empty where the batch file got no answer of scontrol
+    env["MASTER_ADDR"] = env.get("MASTER_ADDR") or first_host(nodes)
     env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 12000))
 
 

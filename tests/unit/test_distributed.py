@@ -41,7 +41,7 @@ def test_slurm_variables_become_torchruns(monkeypatch):
         "SLURM_LOCALID": "1",
         "SLURM_JOB_ID": "36007",
     }
-    env |= {"SLURM_STEP_NODELIST": "gpu[12-13]"}
+    env |= {"SLURM_STEP_NODELIST": "gpu[12-13]", "MASTER_ADDR": ""}
     distributed._adopt_slurm(env)
     assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"]) == ("3", "8", "1")
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("gpu12", "20007")

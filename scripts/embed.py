@@ -202,21 +202,26 @@ def image_path(row: dict, root: Path) -> str:
     return str(root / given) if isinstance(given, str | Path) else name_of(row)
 
 
+def image_of_part(
+    part: Part, view: Callable[[Tensor], Tensor], root: Path, exif: bool, number: int
+) -> dict:
+    """An image of a part as the network sees it, and whether it could be read."""
+    with reading(exif, grey=True) as noticed:  # an unreadable image is a grey one
+        image = view(image_of(part.records[part.start + number], root))
+    return {"image": image, "readable": not noticed.unreadable}
+
+
 def embed(part: Part, embedder: BatchEmbedder, config: Config, world: World) -> dict:
     """Embeddings [n,E] and columns of metadata of a part, the same on every process."""
     total = part.stop - part.start
     rows = [beside_image(part.records, number) for number in range(part.start, part.stop)]
-
-    def load(number: int) -> dict:
-        with reading(config.exif, grey=True) as noticed:  # an unreadable image is a grey one
-            image = embedder.view(image_of(part.records[part.start + number], config.root))
-        return {"image": image, "readable": not noticed.unreadable}
 
     def predict(image: Tensor, readable: Tensor) -> tuple[Tensor, Tensor]:
         found = choose(embedder.images(image), config.score).float()
         return F.normalize(found, dim=-1) if config.texts else found, readable
 
     own = [i for unit in units(total, config.batch_size, world) for i in unit]
+    load = partial(image_of_part, part, embedder.view, config.root, config.exif)
     loader = EvalLoader(load, own, config.batch_size, default_collate, config.workers)
     images, readable = over_split(predict, loader, own, total, world, "images")
     if (~readable).sum() > config.error_budget * total:

@@ -224,13 +224,7 @@ def train_step(
 def write_report(config: Config, tokenizer: ImageTokenizer, held_out: list[dict]) -> None:
     """Figures of the held-out images, printed and in image_tokenizer.json."""
     whole = Crop(config.size, None, flip=False)
-
-    def load(index: int) -> dict:
-        return whole(held_out[index])
-
-    loader = EvalLoader(
-        load, range(len(held_out)), 64, default_collate, workers=0, exif=config.exif
-    )
+    loader = EvalLoader(whole, held_out, 64, default_collate, workers=0, exif=config.exif)
     with evaluating(tokenizer):
         figures = evaluate(tokenizer, loader, config.output_dir)
     report = {**asdict(tokenizer.config), "size": config.size, **figures}

@@ -30,9 +30,9 @@ class EvalLoader:
     image as a grey one, which the model gets wrong but for luck: so a score is over all samples
     on any machine. Both are named on stderr and counted, in `truncated` and `unreadable` of the
     last pass, and by `damages` for the metrics.
-    load: makes a sample. A BadSample of another kind than an unreadable image ends the evaluation
-    with a UserError; so do more unreadable images than `error_budget`, a fraction of the samples of
-    all processes together. Every process must iterate: a collective comes before the first batch
+    load: makes a sample; it must pickle, for workers that are not forked. A BadSample of another
+    kind than an unreadable image ends the evaluation with a UserError; so do more unreadable images
+    than `error_budget`, a fraction of the samples of all processes together. Every process must iterate: a collective comes before the first batch
     and after the last.
     exif: turn images by their EXIF orientation.
     """

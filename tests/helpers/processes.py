@@ -29,6 +29,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils.data import DataLoader
 
 from base import distributed
 
@@ -184,9 +185,17 @@ def _run_script(argv: list[str], environment: dict[str, str], files: list[Path])
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
     sys.argv = argv
     try:
-        runpy.run_path(argv[0], run_name="__main__")
+        with mock.patch.object(DataLoader, "__iter__", _hand_over):
+            runpy.run_path(argv[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()
+
+
+def _hand_over(loader: DataLoader, iterate: Callable = DataLoader.__iter__):
+    """Workers that are not forked, as on macOS and from Python 3.14 on, are sent all that they need:
+    in every run of a script it must pickle, whatever starts its workers here."""
+    pickle.dumps((loader.dataset, loader.collate_fn, loader.worker_init_fn))
+    return iterate(loader)
 
 
 def in_fork(work: Callable[[], None], output: Path) -> int:

@@ -99,12 +99,13 @@ def parse_json(
     name: object,
     kind: type | None = None,
     remedy: str = "fix or fetch the file again",
+    nan_is_null: bool = False,
 ) -> Any:
     """The value that JSON text holds; `name` is what UserError blames.
 
     Takes UTF-8, UTF-16 and UTF-32, each with or without a byte order mark. Refuses NaN and
-    Infinity, which JSON does not know, a key that an object has twice, and nesting deeper than
-    NESTED_LEVELS. A lone surrogate (half an emoji) becomes U+FFFD."""
+    Infinity, which JSON does not know (nan_is_null: takes them for null), a key that an object has
+    twice, and nesting deeper than NESTED_LEVELS. A lone surrogate (half an emoji) becomes U+FFFD."""
     try:
         if isinstance(data, bytes):
             encoding = json.detect_encoding(data)
@@ -115,7 +116,8 @@ def parse_json(
             data = data.encode("utf-8", "surrogatepass")
         if _too_deep(data):
             raise ValueError(f"nested deeper than {NESTED_LEVELS} levels")
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        constant = _null if nan_is_null else _no_constant
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{name}: not valid JSON: not UTF-8 at byte {error.start}{looks_like(data)}; {remedy}"
@@ -170,6 +172,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict:
 
 def _no_constant(text: str) -> None:
     raise ValueError(f"it holds {text}, which is no JSON number")
+
+
+def _null(text: str) -> None:
+    return None
 
 
 def _too_deep(data: bytes) -> bool:

@@ -15,6 +15,9 @@ SIGNS = {  # how a file begins that is something else than it should be -> what 
     b"<html": "a web page, which servers send in place of a file",
     b"\x1f\x8b": "a gzip file, which is to be unpacked first",
     b"PK\3\4": "a zip file",
+    b"%pdf": "a PDF",
+    b"<svg": "SVG, which has no pixels",
+    b"<?xml": "XML, such as SVG, which has no pixels",
     codecs.BOM_UTF32_LE: "UTF-32",  # begins as UTF-16's
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -27,6 +30,8 @@ def looks_like(start: bytes) -> str:
     Text with every second byte zero is UTF-16 without its mark."""
     head = start[:64].lower()
     found = next((what for sign, what in SIGNS.items() if head.startswith(sign.lower())), "")
+    if head[4:8] == b"ftyp" and head[8:11] != b"avi":
+        found = "HEIC, which is to be converted" if head[8:10] in (b"he", b"mi") else "a film"
     if not found and len(head) >= 8 and (not any(head[1:8:2]) or not any(head[0:8:2])):
         found = "UTF-16" if any(head[:2]) and any(head[2:4]) else ""
     return f" (it looks like {found})" if found else ""

@@ -68,7 +68,8 @@ def class_findings(
     classes of the training set, where this is a later split.
     """
     found = []
-    unknown = [name for name in shown if listed and name not in set(listed)]
+    known = set(listed)
+    unknown = [name for name in shown if known and name not in known]
     if unknown:
         like = nearest(unknown[0], listed)
         hint = f"; did the list mean {like}?" if like else ""

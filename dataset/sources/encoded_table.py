@@ -78,11 +78,16 @@ def _record_batches(folder: Path) -> list[tuple]:
 
 
 def with_image_files(table: "EncodedTable", folder: Path) -> Iterator[dict]:
-    """The entries with their images as files below `folder`, by absolute path, each written once."""
+    """The entries with their images as files below `folder`, by absolute path, each written once.
+    Rows whose image img2dataset could not fetch, by their `status`, are left out, counted and said."""
     said = False
+    failed = 0
     with one_builder(folder):
         for entry in table:
             number, image = entry.pop("index"), entry["image"]
+            if not image and entry.get("status") not in (None, "success"):
+                failed += 1
+                continue
             if isinstance(image, bytes):
                 if not said:
                     say(
@@ -91,6 +96,8 @@ def with_image_files(table: "EncodedTable", folder: Path) -> Iterator[dict]:
                 said = True
                 image = image_file({"bytes": image}, folder, table.used["image"].names[0], number)
             yield {**{k: v for k, v in entry.items() if not isinstance(v, dict)}, "image": image}
+    if failed:
+        say(f"{table.path}: {failed:,} of {len(table):,} rows have no image, by their status")
 
 
 class EncodedTable(Sequence):

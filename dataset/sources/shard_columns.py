@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
 from types import MappingProxyType
+from typing import Any
 from urllib.parse import parse_qsl
 
 from base.errors import BadSample, UserError, brief
@@ -101,16 +102,22 @@ def _value(record: dict, name: str) -> object:
         return None if keys else value
     if not keys and parts[-1] != "json":
         return value
-    try:
-        found = parse_json(value, f"{record['key']}.{member}", dict if keys else None)
-    except UserError as error:
-        raise BadSample(str(error)) from None
+    found = json_in(value, f"{record['key']}.{member}", dict if keys else None)
     if not keys and isinstance(found, dict):
         some = f"{member}.{brief(next(iter(found), 'KEY'))[1:-1]}"
         raise BadSample(f"{record['key']}.{member}: an object; name one of its keys, as in {some}")
     for key in keys:
         found = found.get(key) if isinstance(found, dict) else None
     return found
+
+
+def json_in(member: bytes | str, name: object, kind: type | None = dict) -> Any:
+    """What a JSON member of a sample holds; name: of it in a message. NaN, as which img2dataset
+    writes numbers that are missing, is null. BadSample."""
+    try:
+        return parse_json(member, name, kind, nan_is_null=True)
+    except UserError as error:
+        raise BadSample(str(error)) from None
 
 
 def _plain(value: object) -> object:
@@ -122,7 +129,7 @@ def _plain(value: object) -> object:
 def _members(record: dict) -> str:
     names = [name for name in record if name not in ("key", "image")]
     if isinstance(record.get("json"), bytes):
-        with suppress(UserError):  # damaged
-            keys = ", ".join(parse_json(record["json"], record["key"], dict))
+        with suppress(BadSample):  # damaged
+            keys = ", ".join(json_in(record["json"], record["key"]))
             names[names.index("json")] = f"json ({brief(keys)})"
     return ", ".join(names) or "nothing else"

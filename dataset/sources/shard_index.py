@@ -23,7 +23,7 @@ from dataset.sources.shard_columns import (
     plain_name,
 )
 from dataset.sources.shards import example_record, member_record
-from dataset.sources.tar import SIDE_BY_SIDE, Sample, TarWalk, read_samples
+from dataset.sources.tar import Sample, TarWalk, no_image, read_samples
 from dataset.sources.tfrecord import is_tfrecord, read_frames
 
 LISTED = 5  # bad samples named
@@ -213,7 +213,7 @@ def _samples(name: str, file: Path) -> Iterator[Sample]:
         kinds = image_kinds(columns_of(name))
         for sample in read_samples(TarWalk(opened, size), load=False):
             if not sample.fault and not any(kind in sample.members for kind in kinds):
-                sample.fault = f"no image, only {', '.join(sample.members)}; {SIDE_BY_SIDE}"
+                sample.fault = no_image(sample.members, kinds)
             yield sample
 
 

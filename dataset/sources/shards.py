@@ -25,7 +25,7 @@ from dataset.sources.shard_columns import (
 )
 from dataset.sources.shard_list import Shards, shared_shards
 from dataset.sources.tables import Columns
-from dataset.sources.tar import LOST, SIDE_BY_SIDE, Sample, TarWalk, read_samples
+from dataset.sources.tar import LOST, Sample, TarWalk, no_image, read_samples
 from dataset.sources.tfrecord import is_tfrecord, parse_example, read_frames
 
 Piece = tuple[str, int, int]  # a shard, and which of how many strides of its samples to take
@@ -251,8 +251,7 @@ def member_record(
     kinds = image_kinds(columns)
     image = next((members.pop(kind) for kind in kinds if kind in members), None)
     if image is None:
-        found = f"no image (.{', .'.join(kinds)}), only {', '.join(members)}"
-        return BadSample(f"{key}: {found}; {SIDE_BY_SIDE}")
+        return BadSample(f"{key}: {no_image(members, kinds)}")
     record = members | {"key": key, "image": image}
     if "txt" in members:
         record["caption"] = lenient_text(members["txt"])

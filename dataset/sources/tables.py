@@ -30,9 +30,17 @@ from urllib.parse import parse_qsl
 from base.caches import file_state, states_digest
 from base.errors import BadSample, UserError, brief
 from base.limits import CELL_BYTES, check_limit, over_limit
-from base.names import matching_files, nearest
-from base.reading import read_bytes, read_json, read_json_lines, read_start
-from base.text import as_list, encoding_of, is_blank, lenient_text, lines_in, looks_like
+from base.names import SHARD_ENDING, matching_files, nearest
+from base.reading import read_bytes, read_json, read_start
+from base.text import (
+    as_list,
+    encoding_of,
+    is_blank,
+    lenient_text,
+    lines_in,
+    looks_like,
+    whole_number,
+)
 from dataset.images.formats import files_below, is_image
 from dataset.sources.hub import is_hub, local_copy
 from dataset.sources.json_entries import objects_of
@@ -49,7 +57,10 @@ USUAL_NAMES = {
         *("filepath", "file_path", "image_path", "file_name", "filename", "path", "img"),
         *("image_file", "image_name", "image_id", "jpg", "jpeg", "png", "webp"),
     ),
-    "caption": ("captions", "title", "text", "txt", "sentence", "alt_text", "description"),
+    "caption": (
+        *("captions", "title", "text", "txt", "sentence", "alt_text", "description"),
+        "comment",  # Flickr30k's results.csv
+    ),
     "text": ("expression", "sentence", "caption"),
     "answer": ("answers",),
     "labels": ("label", "class"),
@@ -204,7 +215,7 @@ def _csv_rows(path: Path, wanted: Wanted) -> Iterator[dict]:
             twice = [name for number, name in enumerate(names) if name and name in names[:number]]
             if twice:
                 raise UserError(f"{path}: two columns are called {twice[0]}; rename one")
-            entries = _by_name(names, _readable(rows))
+            entries = _by_name(names, _readable(rows, separator))
             yield from _entries(path, names, entries, wanted)
     except UnicodeDecodeError as error:
         seen = looks_like(read_start(path))
@@ -213,22 +224,34 @@ def _csv_rows(path: Path, wanted: Wanted) -> Iterator[dict]:
         raise UserError(f"{path}: no table ({error}); save it as CSV with quoted texts") from None
 
 
-def _readable(rows) -> Iterator[list[str] | str]:
+def _readable(rows, separator: str) -> Iterator[list[str] | str]:
     """The rows of a CSV reader without blank ones (Excel's are separators alone). Where quotes do not
     pair, what is wrong, once for each of the lines between them: so many rows may be lost."""
     while True:
         before = rows.line_num
+        row: list[str] = []
         try:
             row = next(rows)
+            fault = "quotes that hold other rows" if _holds_rows(row, separator) else ""
         except StopIteration:
             return
         except csv.Error as error:
+            fault = str(error)
+        if fault:
             lines = f"lines {before + 1} to {rows.line_num}"
-            fault = f"{lines}: {error}; quote texts, and double the quotes in them"
+            fault = f"{lines}: {fault}; quote texts, and double the quotes in them"
             yield from [fault] * max(1, rows.line_num - before)
-            continue
-        if any(row):
+        elif any(row):
             yield row
+
+
+def _holds_rows(row: list[str], separator: str) -> bool:
+    """Whether a cell of several lines swallowed rows: a text's own quote opened it, another's ended
+    it. A line of it has tabs, where they part the cells, or an image among its parts."""
+    lines = [line.split(separator) for cell in row if "\n" in cell for line in cell.split("\n")]
+    return any(
+        len(parts) > 1 and (separator == "\t" or any(map(is_image, parts))) for parts in lines
+    )
 
 
 def _lines(file, path: Path) -> Iterator[str]:
@@ -408,10 +431,19 @@ def columns_of(
         seen = looks_like(read_start(path)) if path.is_file() else ""
         missing = f"no column for {' and '.join(unnamed)} (it has {listed}){seen}"
         has_urls = any(name.lower() == "url" or "://" in name for name in names)  # CC3M: no names
-        fetch = "image" in unnamed and has_urls
-        remedy = "fetch the images of its URLs, as img2dataset does, or " if fetch else ""
+        remedy = ""
+        if "image" in unnamed and _has_shards_beside(path):
+            remedy = "name its folder with --shards, whose images these rows are about, or "
+        elif "image" in unnamed and has_urls:
+            remedy = "fetch the images of its URLs, as img2dataset does, or "
         raise UserError(f"{path}: {missing}; {remedy}write '{address}'")
     return used
+
+
+def _has_shards_beside(table: Path) -> bool:
+    """Whether a table lies among shards, as img2dataset writes it."""
+    folder = table if table.is_dir() else table.parent
+    return any(re.search(f"{SHARD_ENDING}$", file.name) for file in folder.glob("*.t*"))
 
 
 def given_columns(
@@ -465,12 +497,15 @@ def _usual_column(field: str, names: list[str], required: Sequence[str]) -> str 
 
 
 def plain(value: object) -> object:
-    """A value that JSON can hold; bytes and dates as text, without bytes in objects (an image's)."""
+    """A value that JSON can hold; bytes and dates as text, NaN as null, without bytes in objects (an
+    image's)."""
     if isinstance(value, list):
         return [plain(each) for each in value]
     if isinstance(value, dict):
         return {name: plain(each) for name, each in value.items() if not isinstance(each, bytes)}
-    if value is None or isinstance(value, str | int | float):
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
         return value
     return lenient_text(value) if isinstance(value, bytes) else str(value)
 
@@ -482,17 +517,18 @@ def _checked(value: object, field: str, where: str) -> object:
         return [name.strip() for name in value.split(",") if name.strip()]
     if field == "label" and value == "":  # as null in JSON
         raise BadSample(f"{where}: no label; fix or remove the row")
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
     if field != "image":
         return plain(value)
     if isinstance(value, dict):  # datasets' images: {bytes, path}
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         raise UserError(f"{where}: holds the encoded image, not its path; {PACK}")
-    if not isinstance(value, str | int) or value == "":
+    if isinstance(value, str) and value:
+        return value
+    number = whole_number(value) if not isinstance(value, str) else None  # pandas: 5.0 for 5
+    if number is None:
         raise BadSample(f"{where}: {brief(value)} is no path of an image; fix or remove the row")
-    return str(value)
+    return str(number)
 
 
 # ---- folders
@@ -520,7 +556,7 @@ def _folder_rows(folder: Path, wanted: Wanted) -> Iterator[dict]:
 def _metadata_rows(folder: Path, file: Path, wanted: Wanted) -> Iterator[dict]:
     """What metadata.csv, .jsonl or .parquet lists; its paths start from the folder."""
     if file.suffix == ".jsonl":
-        rows = _whole_entries(file, lambda: read_json_lines(file), wanted)
+        rows = _whole_entries(file, lambda: objects_of(file), wanted)
     else:
         rows = rows_of(file, *wanted)
     for row in rows:

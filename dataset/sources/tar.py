@@ -13,13 +13,13 @@ Training, evaluation and counting walk a shard by the same rules, so that they s
 
 import tarfile
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from base.limits import MEMBER_BYTES, NAME_BYTES, SAMPLE_BYTES, SAMPLE_MEMBERS, ZERO_BYTES
 from base.names import is_hidden, is_hidden_folder
-from base.text import whole_number
+from base.text import looks_like, whole_number
 from dataset.images.formats import IMAGE_TYPES
 from dataset.sources.remote import describe
 
@@ -63,6 +63,14 @@ class Sample:
     members: dict = field(default_factory=dict)
     fault: str = ""
     rest: bool = False
+
+
+def no_image(members: Collection[str], kinds: Sequence[str]) -> str:
+    """What is wrong with a sample that has these members, and none of the image's endings `kinds`."""
+    dotted = next((name for name in members if name.rpartition(".")[2] in kinds), None)
+    remedy = f"?image={dotted} behind the shards names it" if dotted else SIDE_BY_SIDE
+    named = f" (.{', .'.join(kinds)})" if tuple(kinds) != IMAGE_TYPES else ""
+    return f"no image{named}, only {', '.join(members)}; {remedy}"
 
 
 def split_key(name: str) -> tuple[str, str] | None:
@@ -170,7 +178,7 @@ class TarWalk:
                 reason = "zeros in place of a header" if zeros else "a damaged header"
                 place = f"{reason} at byte {at - zeros * BLOCK}"
                 if header is None:
-                    raise ReadFault(place)
+                    raise ReadFault(place + ("" if at else looks_like(block)))
                 yield Damage(place)
             found = self._member(header)
             if found is not None:
@@ -184,7 +192,8 @@ class TarWalk:
         while zeros * BLOCK <= ZERO_BYTES:
             block = self.source.read(BLOCK)
             if block and len(block) < BLOCK and block.strip(b"\0"):
-                raise ReadFault("cut off")
+                is_all = self.source.position == len(block)
+                raise ReadFault("cut off" + (looks_like(block) if is_all else ""))
             if block != ZERO_BLOCK:
                 return zeros, block if len(block) == BLOCK else b""
             zeros += 1

@@ -14,6 +14,7 @@ Labels stay lists of class ids with weights. They are never expanded to the numb
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from base.caches import digest, file_state, states_digest
 from base.errors import BadSample, UserError, brief, no_such_class
 from base.knobs import knob
 from base.names import SHARD_ENDING, did_you_mean
-from base.reading import read_lines
+from base.reading import read_json, read_lines
 from base.text import as_list, composed, whole_number
 from dataset.images.decode import check_image_root
 from dataset.images.formats import files_below, is_image
@@ -46,12 +47,12 @@ from dataset.sources.class_folder import (
 from dataset.sources.flat_folder import flat_folder, is_flat
 from dataset.sources.hub import is_hub
 from dataset.sources.records import Records
-from dataset.sources.shard_columns import plain_name, split_columns
+from dataset.sources.shard_columns import json_in, plain_name, split_columns
 from dataset.sources.shard_index import ERROR_BUDGET, ShardIndex
 from dataset.sources.shard_list import is_shard, list_shards, shared_shards
 from dataset.sources.shards import ShardSource
 from dataset.sources.tables import TABLES, address_state, parse_address
-from dataset.tasks.record import image_of, json_of
+from dataset.tasks.record import image_of
 from dataset.tasks.torchvision_sets import TorchvisionRecords
 
 LABEL_FIELDS = ("labels", "label", "cls")
@@ -92,7 +93,7 @@ class Labels:
         """
         values = record
         if isinstance(record.get("json"), bytes):
-            values = record | json_of(record, f"{self._name(record)}.json")
+            values = record | json_in(record["json"], f"{self._name(record)}.json")
         field = next(
             (name for name in LABEL_FIELDS if values.get(name) not in (None, [], b"")), None
         )
@@ -178,7 +179,8 @@ def _labels_of(root: Path, folders: Sequence[str], classes: Sequence[str]) -> Te
     names = [composed(folder_of(name)) for name in classes or folders]
     place = {name: number for number, name in enumerate(names)}
     folders = [composed(name) for name in folders]
-    if twice := [name for name in folders if names.count(name) > 1]:
+    counts = Counter(names)
+    if twice := [name for name in folders if counts[name] > 1]:
         raise UserError(f"{root}: {twice[0]!r} is the name of several classes; name each once")
     if unknown := [name for name in folders if name not in place]:
         hint = did_you_mean(unknown[0], place)
@@ -438,9 +440,14 @@ def class_names(
 
 
 def read_class_names(file: Path) -> list[str]:
-    """Names of the classes, one a line (see `class_list`). UserError where there are none."""
-    remedy = "name a text file with the name of one class a line"
-    names = class_list(read_lines(file, remedy), f"--classes {file}")
+    """Names of the classes, one a line (see `class_list`), or of a JSON list. UserError where there
+    are none."""
+    remedy = "name a text file with the name of one class a line, or a JSON list of names"
+    if file.suffix.lower() == ".json":
+        lines = [str(name) for name in read_json(file, list, remedy)]
+    else:
+        lines = read_lines(file, remedy)
+    names = class_list(lines, f"--classes {file}")
     if not names:
         raise UserError(f"--classes {file}: holds no names; {remedy}")
     return names

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from base.errors import BadSample, UserError, brief
+from base.errors import BadSample, brief
 from base.image_names import ImageKeys
-from base.reading import parse_json
 from base.text import as_list, clean_surrogates, lenient_text
 from base.zip_member import image_source
 from dataset.images.decode import decode_image
 from dataset.sources.json_entries import weights_fault
+from dataset.sources.shard_columns import json_in
 
 CAPTION_FIELDS = ("caption", "captions/text")  # the second in TFRecords as COYO-ALIGN's
 
@@ -48,7 +48,7 @@ def weights_of(record: dict, captions: str | list[str]) -> list[float] | None:
         return None
     weights = record.get("caption_weights")
     if _packed(record) and b"caption_weights" in record["json"]:
-        weights = json_of(record, name_of(record)).get("caption_weights")
+        weights = json_in(record["json"], name_of(record)).get("caption_weights")
     if weights is None:
         return None
     if fault := weights_fault(weights, len(captions)):
@@ -64,17 +64,9 @@ def _packed(record: dict) -> bool:
 def _packed_captions(record: dict) -> list[str]:
     """The captions that scripts/data/pack.py notes in .json where an image has several; the .txt
     has one a line, as retrieval reads them."""
-    captions = json_of(record, name_of(record)).get("captions")
+    captions = json_in(record["json"], name_of(record)).get("captions")
     several = isinstance(captions, list) and all(isinstance(text, str) for text in captions)
     return captions if several else []
-
-
-def json_of(record: dict, name: str) -> dict:
-    """What the .json of a sample in a shard holds; name: of it in a message. BadSample."""
-    try:
-        return parse_json(record["json"], name, dict)
-    except UserError as error:
-        raise BadSample(str(error)) from None
 
 
 def image_of(record: dict, root: str | Path = "") -> Tensor:

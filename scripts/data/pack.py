@@ -35,7 +35,7 @@ from base.zip_member import image_source
 from dataset.images.decode import ORIENTATION, decode_image, image_bytes, image_ending, orientation
 from dataset.sources.encoded_table import encoded_table
 from dataset.sources.records import Records, state_of_entries
-from dataset.sources.tables import address_state
+from dataset.sources.tables import address_state, plain
 from dataset.sources.tar_writer import (
     check_folder,
     shard_path,
@@ -111,7 +111,7 @@ def members_of(row: dict, config: Config) -> dict[str, bytes]:
     captions = [" ".join(text.split()) for text in as_list(captions_of(row))]
     if all(map(is_blank, captions)):
         raise BadSample(f"{name_of(row)}: no caption")
-    about = {name: value for name, value in row.items() if name not in ("image", "caption")}
+    about = {name: plain(row[name]) for name in row if name not in ("image", "caption")}
     if not isinstance(row["image"], bytes):
         about["path"] = row["image"]
     if len(captions) > 1:

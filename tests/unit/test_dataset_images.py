@@ -249,7 +249,10 @@ def test_tiffs_of_sixteen_bits(order, tmp_path):
 
 @pytest.mark.parametrize("kind", ["EPS", "PDF", "PCX", "SGI"])
 def test_formats_off_the_list_are_not_opened(kind):
-    with pytest.raises(BadSample, match=r"x\.jpg: cannot identify an image format in it$"):
+    with pytest.raises(
+        BadSample,
+        match=r"x\.jpg: cannot identify an image format in it( \(it looks like a PDF\))?$",
+    ):
         decode_image(encoded(image(), kind), "x.jpg")
 
 
@@ -317,3 +320,17 @@ def test_class_folders_follow_links_and_ignore_hidden_files(tmp_path):
         ):
             ClassFolder(tmp_path / "data", None)
         (tmp_path / link).unlink()
+
+
+@pytest.mark.parametrize(
+    ("content", "seen"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), "HEIC"),
+        (b"\0\0\0\x20ftypisom" + bytes(100), "a film"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+        (b"%PDF-1.4" + bytes(100), "a PDF"),
+    ],
+)
+def test_what_an_unreadable_image_looks_like(content, seen):
+    with pytest.raises(BadSample, match=rf"a\.jpg: cannot identify .*\(it looks like {seen}"):
+        decode_image(content, "a.jpg")

@@ -862,7 +862,7 @@ def test_reduced_images_keep_their_orientation(tmp_path):
     assert decode_image(record["image"], exif=True).shape == (3, 100, 50)
 
 
-def test_fields_that_json_cannot_hold_are_packed_as_text(tmp_path):
+def test_numbers_that_json_cannot_hold_are_packed_as_null(tmp_path):
     import pyarrow
     from pyarrow import parquet
 
@@ -871,8 +871,12 @@ def test_fields_that_json_cannot_hold_are_packed_as_text(tmp_path):
     made = {"data": str(tmp_path / "p.parquet"), "image_root": tmp_path, "target": tmp_path / "out"}
     pack.pack(pack.Config(**made, workers=1))
     (record,) = read_shard(str(tmp_path / "out/00000.tar"))
-    assert parse_json(record["json"], "x")["score"] == "nan"
+    assert parse_json(record["json"], "x")["score"] is None
     assert decode_image(record["image"]).shape == (3, 12, 16)
+    (tmp_path / "a.png").write_bytes(encoded("PNG"))
+    rows = [{"image": "a.png", "caption": "x", "score": float("nan")}]
+    (record,) = pack_list(tmp_path, rows)
+    assert parse_json(record["json"], "x") == {"score": None, "path": "a.png"}
 
 
 def test_coco_in_sub_folders_with_captions_that_are_null(tmp_path):

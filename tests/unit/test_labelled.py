@@ -36,6 +36,7 @@ from dataset.tasks.classification import (
     class_names,
     identity,
     open_records,
+    read_class_names,
     training_source,
 )
 from dataset.tasks.torchvision_sets import sample_of, split_options
@@ -489,3 +490,11 @@ def test_labels_in_other_spellings():
     assert labels()({"labels": ["1", 2.0, "03"]}) == ([1, 2, 3], [1.0, 1.0, 1.0])
     assert labels()({"cls": b" 7\n"}) == ([7], [1.0])
     assert labels()({"label": 4, "label_probs": 0.5}) == ([4], [1.0])
+
+
+def test_class_names_may_be_a_json_list(tmp_path):
+    (tmp_path / "names.json").write_text('["cat", "dog \\ud83d"]')
+    assert read_class_names(tmp_path / "names.json") == ["cat", "dog \ufffd"]
+    (tmp_path / "names.json").write_text('{"cat": 0}')
+    with pytest.raises(UserError, match=r"names\.json: expected a list"):
+        read_class_names(tmp_path / "names.json")

@@ -67,8 +67,10 @@ def test_what_a_sample_holds_goes_by_name(folder):
 def shard_of(folder, **members) -> str:
     """A shard of one sample, members by their endings, in which _ stands for a dot."""
     with tarfile.open(folder / "one.tar", "w") as archive:
-        for ending, text in ({"png": ""} | members).items():
-            data = text.encode() or encoded("blue", "PNG")
+        for ending, content in ({"png": encoded("blue", "PNG")} | members).items():
+            if content is None:
+                continue
+            data = content.encode() if isinstance(content, str) else content
             info = tarfile.TarInfo(f"0.{ending.replace('_', '.')}")
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
@@ -164,3 +166,23 @@ def test_question_marks_of_addresses_stay():
     signed = "https://host/0.tar?X-Signature=a?b"
     assert split_columns(signed) == (signed, "") and plain_name("train-???.tar") == "train-???.tar"
     assert split_columns(f"{signed}?image=webp") == (signed, "image=webp")
+
+
+def test_numbers_that_img2dataset_lacks_are_null(tmp_path):
+    about = b'{"alt": "a dog", "similarity": NaN, "label": 3, "captions": ["a\\nb"]}'
+    shard = shard_of(tmp_path, json=about, txt=b"a\nb")
+    (record,) = read_shard(f"{shard}?caption=json.alt")
+    assert captions_of(record) == "a dog"
+    (record,) = read_shard(shard)
+    assert captions_of(record) == ["a\nb"]
+    assert Labels(5, LabelOptions(), "x")(record)[0] == [3]
+
+
+def test_a_member_that_is_an_image_by_its_last_ending_is_named(tmp_path):
+    image = encoded("red", "JPEG")
+    shard = shard_of(tmp_path, png=None, left_jpg=image, right_jpg=image, txt=b"a dog")
+    (bad,) = read_shard(shard)
+    assert isinstance(bad, BadSample) and "?image=left.jpg behind the shards" in str(bad)
+    assert ShardIndex([shard], error_budget=1).bad == [str(bad)]
+    (record,) = read_shard(f"{shard}?image=left.jpg")
+    assert record["image"] == image

@@ -275,6 +275,65 @@ def test_a_row_whose_quotes_do_not_pair_is_left_out_and_counted(tmp_path, capsys
     assert "1 of 200 entries are unusable" in said and "row 6: lines 7 to 7" in said
 
 
+SWALLOWED = '5.jpg\t"Hello there\n6.jpg\tgoodbye"\n'  # two rows whose texts have quotes
+
+
+@pytest.mark.parametrize("separator", ["\t", ","])
+def test_rows_that_quotes_swallow_are_left_out_and_counted(tmp_path, capsys, separator):
+    rows = [f"{number}.jpg\tx, y\n" for number in range(5)] * 50
+    text = "".join(["filepath\ttitle\n", SWALLOWED, *rows])
+    if separator == ",":
+        text = text.replace(", y", "").replace("\t", ",")
+    (tmp_path / "t.csv").write_text(text)
+    assert "goodbye" not in str(pairs(Records(tmp_path / "t.csv")))
+    assert "2 of 252 entries are unusable" in capsys.readouterr().err
+
+
+def test_texts_of_several_lines_stay(tmp_path):
+    written = 'filepath{0}title\na.jpg{0}"one, two\nthree, four"\n'
+    for separator in "\t,":
+        (tmp_path / "t.csv").write_text(written.format(separator))
+        assert pairs(Records(tmp_path / "t.csv")) == [("a.jpg", "one, two\nthree, four")]
+
+
+def test_missing_numbers_are_null_and_ids_written_as_floats_are_ids(tmp_path):
+    table = {"image": [1.0, 2.0], "caption": ["a", "b"], "score": [0.5, float("nan")]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "t.parquet")
+    records = Records(tmp_path / "t.parquet")
+    assert pairs(records) == [("1", "a"), ("2", "b")]
+    assert [record["score"] for record in records] == [0.5, None]
+    row = '{"file_name": "a.jpg", "text": "x \\ud83d", "score": NaN}\n'
+    (tmp_path / "metadata.jsonl").write_text(row)
+    (record,) = Records(tmp_path)
+    assert record["caption"] == "x \ufffd" and record["score"] is None
+
+
+def test_rows_that_img2dataset_could_not_fetch_are_left_out(tmp_path, cache, capsys):
+    image = of_colour((1, 2, 3), kind="PNG")
+    table = {"url": ["u", "v", "w"], "caption": ["a", "b", "c"], "jpg": [image, None, image]}
+    table["status"] = ["success", "failed_to_download", "success"]
+    parquet.write_table(pyarrow.table(table), tmp_path / "00000.parquet")
+    records = Records(tmp_path / "00000.parquet").complete()
+    assert [record["caption"] for record in records] == ["a", "c"]
+    assert [Path(record["image"]).read_bytes() for record in records] == [image, image]
+    assert "1 of 3 rows have no image, by their status" in "".join(capsys.readouterr())
+
+
+def test_the_table_beside_shards_says_to_name_the_shards(tmp_path):
+    (tmp_path / "00000.tar").touch()
+    table = pyarrow.table({"url": ["u"], "caption": ["a"]})
+    parquet.write_table(table, tmp_path / "00000.parquet")
+    for data in (tmp_path, tmp_path / "00000.parquet"):
+        with pytest.raises(UserError, match="name its folder with --shards"):
+            Records(data)
+
+
+def test_flickr30ks_results_are_a_table(tmp_path):
+    header = "image_name| comment_number| comment\n"
+    (tmp_path / "results.csv").write_text(header + "a.jpg| 0| Two men\n")
+    assert pairs(Records(tmp_path / "results.csv")) == [("a.jpg", " Two men")]
+
+
 def test_dual_encoders_read_tables_for_any_collection(tmp_path):
     table = write_table(tmp_path / "t.csv", ("filepath", "title"), ROWS)
     assert pairs(caption_records("yfcc15m", table, read_plain=None)) == ROWS

@@ -304,3 +304,16 @@ def test_damages_are_found_once(tmp_path):
     path = around(header("9.jpg", -512) * 3, tmp_path)
     walk = TarWalk(io.BytesIO(path.read_bytes()), path.stat().st_size)
     assert sum(isinstance(found, Damage) for found in walk) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "seen"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS"),
+        (b"<!DOCTYPE html>" + b" " * 2000, "a web page"),
+    ],
+)
+def test_what_is_no_tar_at_all_says_what_it_looks_like(tmp_path, content, seen):
+    (tmp_path / "0.tar").write_bytes(content)
+    (bad,) = read_shard(str(tmp_path / "0.tar"))
+    assert isinstance(bad, BadSample) and seen in str(bad)

@@ -40,9 +40,7 @@ class Config(TrainOptions):
     system: str = knob("simla", "which model", choices=("simla", "albef"))
     batch: int = knob(4, f"samples a step; with --peer a divisor of {QUEUE_SIZE}", low=2)
     same_losses: bool = knob(
-        False,
-        "compare the losses of both sides on equal weights instead of measuring",
-        aliases=("check",),
+        False, "compare both sides' losses on equal weights, measure nothing", aliases=("check",)
     )
 
 

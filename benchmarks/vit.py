@@ -22,8 +22,6 @@ from models.weights.vit import transformers_config
 from runtime.config.cli import knob, run_script
 from runtime.optim.build import Optimizer
 
-TIMM, TRANSFORMERS = "timm", "transformers"
-
 
 @dataclass
 class Config(TrainOptions):
@@ -58,7 +56,7 @@ def build_model(options: SimpleNamespace) -> nn.Module:
     vit = config.vit
     if options.side == OURS:
         return VisionClassifier(replace(config, representation_size=vit.width))
-    if options.side == TIMM:
+    if options.side == "timm":
         from timm.models.vision_transformer import VisionTransformer
 
         trunk = VisionTransformer(
@@ -91,7 +89,7 @@ def step(options: SimpleNamespace) -> dict:
 
 def main(config: Config) -> None:
     check_peer(config, "backbones/vit/vit_model.py", "coyo-vit", tensorflow=True)
-    sides = dict.fromkeys((OURS, TIMM, TRANSFORMERS), "benchmarks.vit:step")
+    sides = dict.fromkeys((OURS, "timm", "transformers"), "benchmarks.vit:step")
     if config.peer:
         sides["original (TensorFlow)"] = "benchmarks.peers.tensorflow:vit"
     title = ["Classification step", config.model, f"{config.classes:,} classes"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks import recognition as bench
 from benchmarks.child import measure
 from benchmarks.inputs import leave
-from benchmarks.peers.stand_ins import Missing, open_checkout, stand_in
+from benchmarks.peers.stand_ins import open_checkout, stand_in
 from benchmarks.steps import training_step
 
 
@@ -45,8 +45,8 @@ def start(options: types.SimpleNamespace) -> tuple:
         stand_in(unused)
     encoding = importlib.import_module("encoding")
     encoding.shuffle = lambda labels: None  # its order of labels is not seeded
-    settings = Missing("settings")
-    settings.__dict__.update(
+    settings = stand_in(
+        "settings",
         anything=0,  # all others are off
         max_seq_len=bench.LENGTH,
         special_tokens=["<|image|>"],

@@ -29,14 +29,15 @@ class Missing(types.ModuleType):
         return self.anything
 
 
-def stand_in(name: str, **names) -> None:
-    """Register a module (and its parents) that holds `names`."""
+def stand_in(name: str, **names) -> types.ModuleType:
+    """Register a module (and its parents) that holds `names`; returns it."""
     parent, _, leaf = name.rpartition(".")
     module = sys.modules.setdefault(name, Missing(name))
     module.__dict__.update(names)
     if parent:
         stand_in(parent)
         setattr(sys.modules[parent], leaf, module)
+    return module
 
 
 class Outputs(types.SimpleNamespace):
@@ -92,11 +93,6 @@ def no_documentation(*args, **kwargs):
     return lambda function: function
 
 
-def no_chunks(function, chunk: int, dim: int, *tensors):
-    """Calls the function on whole tensors."""
-    return function(*tensors)
-
-
 def replace_libraries() -> None:
     """Register stand-ins for transformers."""
     logging = types.SimpleNamespace(get_logger=lambda name: None, set_verbosity_error=lambda: None)
@@ -105,8 +101,8 @@ def replace_libraries() -> None:
     stand_in("transformers.activations", ACT2FN={"gelu": nn.functional.gelu})
     stand_in("transformers.file_utils", ModelOutput=Outputs, anything=no_documentation)
     stand_in("transformers.modeling_outputs", anything=Outputs)
-    modeling = {"PreTrainedModel": Pretrained, "apply_chunking_to_forward": no_chunks}
-    stand_in("transformers.modeling_utils", **modeling)
+    modeling = stand_in("transformers.modeling_utils", PreTrainedModel=Pretrained)
+    modeling.apply_chunking_to_forward = lambda function, chunk, dim, *tensors: function(*tensors)
     stand_in("transformers.models.bert.configuration_bert", BertConfig=Config)
 
 

@@ -350,6 +350,8 @@ TORCH_GLOBALS: dict[tuple[str, str], Any] = {
     ("copyreg", "_reconstructor"): _blank,
     ("pathlib", "PosixPath"): _joined,
     ("pathlib", "WindowsPath"): _joined,
+    ("pathlib._local", "PosixPath"): _joined,  # of Python 3.13
+    ("pathlib._local", "WindowsPath"): _joined,
     ("argparse", "Namespace"): _stub_class("argparse", "Namespace"),
 }
 

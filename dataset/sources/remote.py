@@ -90,12 +90,12 @@ class RemoteFile(io.RawIOBase):
 
     def __init__(self, url: str):
         self.url = url
+        self.file = None  # before what may fail: it is closed all the same
         self.files, self.path = file_system(url)
         self.patience = Patience()  # for all reads together
         about = self.patience.try_until_it_works(lambda: self.files.info(self.path))
         self.size = about.get("size")
         self.position = 0
-        self.file = None
 
     def readable(self) -> bool:
         return True

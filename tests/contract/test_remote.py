@@ -404,6 +404,10 @@ def test_limits_of_stores(monkeypatch):
         UserError, match="QUINTET_REMOTE_SILENCE=soon: expected a number of seconds"
     ):
         file_system("http://localhost/x")
+    never_opened = RemoteFile.__new__(RemoteFile)
+    with pytest.raises(UserError):
+        never_opened.__init__("http://localhost/x")
+    never_opened.close()  # as Python does
 
 
 @pytest.mark.parametrize("trouble", [200, "redirect", "longer"])

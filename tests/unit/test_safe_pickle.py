@@ -111,6 +111,18 @@ def test_ordinary_checkpoints_take_the_official_way(tmp_path, monkeypatch):
     assert torch.equal(load_torch(tmp_path / "c.pt")["model"]["w"], torch.ones(3))
 
 
+@pytest.mark.parametrize("module", [b"pathlib", b"pathlib._local"])
+def test_paths_of_another_python(module, tmp_path):
+    """3.13 calls the module of their classes otherwise than those before and since."""
+    torch.save({"args": argparse.Namespace(out=Path("a/b"))}, tmp_path / "own.pt")
+    with zipfile.ZipFile(tmp_path / "own.pt") as own, zipfile.ZipFile(tmp_path / "c.pt", "w") as to:
+        for name in own.namelist():
+            content = own.read(name).replace(b"cpathlib._local\n", b"cpathlib\n")
+            to.writestr(name, content.replace(b"cpathlib\n", b"c" + module + b"\n"))
+    assert module + b"\nPosixPath" in (tmp_path / "c.pt").read_bytes()
+    assert load_torch(tmp_path / "c.pt")["args"] == {"out": "a/b"}
+
+
 def test_namespace_and_paths(tmp_path):
     args = argparse.Namespace(lr=0.1, out=Path("a/b"), sizes=torch.Size([2]), dtype=torch.float16)
     torch.save({"args": args, "state_dict": {"w": torch.ones(2)}}, tmp_path / "c.pt")

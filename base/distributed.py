@@ -177,6 +177,10 @@ def _device(device: str, local_rank: int) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise UserError(f"--device {device}: no device of torch; use auto, cpu or cuda") from None
+    if chosen.type not in ("cpu", "cuda"):  # mps has no float64, for one
+        raise UserError(
+            f"--device {device}: the scripts compute on CUDA or the CPU; use auto, cpu or cuda"
+        )
     if chosen.type != "cuda":
         return chosen
     if not torch.cuda.is_available():

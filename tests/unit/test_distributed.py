@@ -99,6 +99,12 @@ def test_a_device_that_torch_does_not_know_is_one_clear_error():
         distributed.init("tpu")
 
 
+@pytest.mark.parametrize("device", ["mps", "mps:0", "xpu", "meta"])
+def test_a_device_that_scripts_do_not_compute_on_is_one_clear_error(device):
+    with pytest.raises(UserError, match=f"--device {device}: .* use auto, cpu or cuda"):
+        distributed.init(device)
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [

@@ -51,18 +51,20 @@ class Draft:
         self.notes: list[str] = []  # what the user should know, printed once at the start
         self.ignored: dict[str, str] = {}  # names that were set without effect -> why
 
-    def refuse(self, key: str, place: Place, why: str) -> None:
-        """Note a mistake at `key`."""
-        self.mistakes.append(f"{place(key)}: {why}")
-
     def put(self, key: str, value: Any, place: Place) -> None:
-        """Set one knob, or a section from a mapping."""
+        """Set one knob, or a section from a mapping; a mistake is noted."""
+        try:
+            self._put(key, value, place)
+        except UserError as error:
+            self.mistakes.append(f"{place(key)}: {error}")
+
+    def _put(self, key: str, value: Any, place: Place) -> None:
         path = self.schema.find(key)
         typed = flag if place is at_flag else str
         if path is None:
-            self.refuse(key, place, f"unknown key; {self.hint(key, typed)}")
-        elif path in self.schema.knobs:
-            self.put_knob(path, key, value, place)
+            raise UserError(f"unknown key; {self.hint(key, typed)}")
+        if path in self.schema.knobs:
+            self.put_knob(path, value, place)
         elif path in self.schema.ignored:
             self.ignored[typed(key)] = self.schema.ignored[path]
         elif path not in self.schema.sections:  # an old name
@@ -71,7 +73,7 @@ class Draft:
         elif isinstance(value, Mapping):
             self.put_section(path, value, place, f"{key}.")
         elif value is not None:
-            self.refuse(key, place, f"expected a section (key: value), got {brief(value)}")
+            raise UserError(f"expected a section (key: value), got {brief(value)}")
 
     def hint(self, key: str, typed: Callable[[str], str]) -> str:
         """What to write instead of an unknown key."""
@@ -81,30 +83,22 @@ class Draft:
         near = self.schema.nearest(key)
         return f"did you mean {typed(near)}?" if near else "see --help"
 
-    def put_knob(self, path: str, key: str, value: Any, place: Place) -> None:
-        """Set the knob `path`, written as `key`."""
-        knob = self.schema.knobs[path]
+    def put_knob(self, path: str, value: Any, place: Place) -> None:
+        """Set the knob `path`. UserError for a value that it cannot have."""
         before = self.values[path]
-        try:
-            self.values[path] = knob.read(value)
-        except ValueError:
-            self.refuse(key, place, knob.complaint(value))
+        now = self.schema.knobs[path].read(value)
         again = place not in COMMAND_LINE and self.set_by.get(path) is place
-        if again and self.values[path] != before:
-            both = f"{show(before)} and {show(self.values[path])}"
-            self.refuse(key, place, f"is {path}, which has two values: {both}")
+        if again and now != before:
+            raise UserError(f"is {path}, which has two values: {show(before)} and {show(now)}")
+        self.values[path] = now
         self.set_by[path] = place
 
     def put_section(self, section: str, values: Mapping, place: Place, prefix: str) -> None:
         """Set the knobs of a section from a mapping; there its keys are written behind `prefix`."""
-        translate = getattr(self.schema.sections[section], "translate", None)
-        try:
-            values = translate(dict(values), self.notes) if translate else values
-        except UserError as error:
-            self.refuse(prefix.rstrip("."), place, str(error))
-        else:
-            for name, value in values.items():
-                self.put(f"{prefix}{name}", value, place)
+        if translate := getattr(self.schema.sections[section], "translate", None):
+            values = translate(dict(values), self.notes)
+        for name, value in values.items():
+            self.put(f"{prefix}{name}", value, place)
 
     def put_words(self, key: str, words: Sequence[str], place: Place) -> None:
         """Set one knob from the words that follow its name on a command line."""
@@ -113,11 +107,12 @@ class Draft:
         path = self.schema.find(key)
         knob = self.schema.knobs.get(path)
         if len(words) > 1 and path and not (knob and knob.many):
-            self.refuse(f"{key} {words[0]}", place, f"what is {' '.join(words[1:])!r} after it?")
+            rest = " ".join(words[1:])
+            self.mistakes.append(f"{place(key)} {words[0]}: what is {rest!r} after it?")
         elif words:
             self.put(key, value_of_words(words, knob), place)
         elif path in self.schema.sections or (knob and not knob.is_switch and knob.bare is None):
-            self.refuse(key, place, "a value is missing")
+            self.mistakes.append(f"{place(key)}: a value is missing")
         else:
             self.put(key, knob.bare if knob and knob.bare else True, place)
 

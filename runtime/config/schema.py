@@ -13,7 +13,7 @@ Beside its fields a class may have
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
-from typing import Any, get_type_hints
+from typing import Any
 
 from base.knobs import about
 from base.names import nearest
@@ -39,14 +39,13 @@ class Schema:
         old = (*ignored, *getattr(cls, "OLD_NAMES", ()))
         names = {name: prefix + name for name in old} | getattr(cls, "ELSEWHERE", {})
         flat: dict[str, str] = {}  # names of a section without the section's own
-        hints = get_type_hints(cls)
         own_first = sorted(fields(cls), key=lambda f: _owner(cls, f) is not cls)
         for f in own_first:
             path = prefix + f.name
             spellings = (f.name, *about(f).aliases)
             names |= dict.fromkeys(spellings, path)
             if not is_dataclass(defaults[f.name]):
-                self.knobs[path] = _option(cls, f, hints[f.name], defaults[f.name], prefix)
+                self.knobs[path] = _option(cls, f, defaults[f.name], prefix)
                 continue
             section = defaults[f.name]
             inside = self._add(type(section), vars(section), f"{path}.")
@@ -98,14 +97,14 @@ def _default(f: Field) -> Any:
     return f.default if f.default_factory is MISSING else f.default_factory()
 
 
-def _option(cls: type, f: Field, declared: Any, default: Any, prefix: str) -> Option:
+def _option(cls: type, f: Field, default: Any, prefix: str) -> Option:
     """The option of a field of `cls`, the section that `prefix` leads to. It stands in --help under
     the first line of the docstring of the class that declared it first."""
     owner = _owner(cls, f)
     title = (owner.__doc__ or "").strip().split("\n")[0].rstrip(".")
     if title.startswith(f"{owner.__name__}("):  # dataclass() wrote that one
         title = ""
-    said = {**vars(about(f)), **of_type(declared), "default": default}
+    said = {**vars(about(f)), **of_type(f.type), "default": default}
     said["group"] = ": ".join(filter(None, [prefix.rstrip("."), title])) or "Options"
     said["methods"] = said["methods"] or vars(owner).get("METHODS", "")  # not those of its bases
     option = Option(**said)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
-from base.errors import brief
+from base.errors import UserError, brief
 from base.knobs import Knob
 from base.names import nearest
 
@@ -61,12 +61,18 @@ class Option(Knob):
     group: str  # its heading in --help
 
     def read(self, value: Any) -> Any:
-        """`value`, from YAML or as the text of a flag, in the declared type; ValueError where type,
-        range or choice is wrong.
+        """`value`, from YAML or as the text of a flag, in the declared type. UserError where type,
+        range or choice is wrong: what was expected instead.
 
         The word none is None, in files as after flags, and the empty list of a list; a single value
         counts as a list of one.
         """
+        try:
+            return self._read(value)
+        except ValueError:
+            raise UserError(self.complaint(value)) from None
+
+    def _read(self, value: Any) -> Any:
         if str(value).lower() in ("none", "null"):
             if self.optional:
                 return None

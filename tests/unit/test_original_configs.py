@@ -162,6 +162,8 @@ def test_a_wrong_warm_up_is_refused(tmp_path):
         load(importlib.import_module("VE").Config, file)
     wanted = "warmup_epochs many: expected a whole number of 100 updates"
     assert str(error.value) == f"{file}:2: schedular: {wanted}"
+    with pytest.raises(UserError, match=f"^--warmup_epochs: {wanted}"):  # as it was typed
+        parse(importlib.import_module("VE").Config, ["--warmup_epochs", "many"])
 
 
 # Commands as in the READMEs: script, words, what they set.

@@ -55,7 +55,7 @@ from runtime.run import Run, seed_everything
 class Config(FusionNetworks, StreamConfig, RunConfig):
     """Pre-training of fusion encoders."""
 
-    METHOD = ("method",)
+    METHOD = "method"
     output_dir: Path = knob(Path("output/Pretrain"), "this run: config.yaml, log, checkpoints")
     # the method
     method: str = knob("simla", "losses and text transformer", choices=("simla", "albef"))

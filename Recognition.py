@@ -67,7 +67,7 @@ NAME = "Object recognition as next-token prediction"
 class Config(RecognitionData, RunConfig):
     """Recognition of objects."""
 
-    METHOD = ("decoding.strategy",)
+    METHOD = "decoding.strategy"
     output_dir: Path = knob(Path("output/Recognition"), "this run: log, checkpoints, result/")
     # the networks: published weights, else random ones of these sizes
     clip: Path | None = knob(None, "OpenAI's ViT-L-14.pt, or CLIP of open_clip or Hugging Face")

@@ -71,7 +71,7 @@ from runtime.scores import print_scores
 
 @dataclass
 class Config(RocketRunConfig, CaptionOptions, TargetOptions):
-    METHOD = ("network.model",)
+    METHOD = "network.model"
     OF_CHECKPOINT = ("network", "bpe_path")
     output_dir: Path = knob(Path("output/main"), "folder of this run: config, log, checkpoints")
     network: DualConfig = section(DualConfig, flat=True)

@@ -2,16 +2,23 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from base.caches import one_builder
 from base.errors import UserError
+from base.text import as_list
 
 FOLDER = Path("data/digitscenes")
 MANIFEST = "manifest.json"  # written last by the builder
+# folders of images, and what of a recipe for DigitScenes is of its images alone
+ROOTS = ("image_root", "vqa_root", "data_root", "train_data")
+OF_IMAGES = (
+    *("train_file", "val_file", "test_file", "test_answers", "answer_list"),
+    *("refcoco_data", "det_file", "train_list", "val", "test", "val_data", "classes"),
+)
 BUILDER = Path(__file__).resolve().parents[1] / "scripts/data/make_digitscenes.py"
 
 
@@ -41,6 +48,18 @@ def make_digitscenes(folder: Path, *options: str) -> bool:
 def names_digitscenes(value: Any) -> bool:
     """Whether a text, a path, or any in a list or a dataclass of options lies in data/digitscenes."""
     return any(path.is_relative_to(FOLDER) for path in paths_of(value))
+
+
+def of_its_images_alone(options: Mapping[str, Any], asked: Collection[str]) -> dict[str, str]:
+    """The options of a recipe for DigitScenes that say something of its images, where those that the
+    command line sets (`asked`) name a folder of others -> why they are not read."""
+    why: dict[str, str] = {}
+    for root in ROOTS:
+        folders = as_list(options[root] or []) if root in asked else []
+        if folders and all(holds_others(Path(each)) for each in folders):
+            built = [name for name in OF_IMAGES if names_digitscenes(options.get(name))]
+            why |= dict.fromkeys(built, f"it is of DigitScenes, not of --{root}")
+    return why
 
 
 def holds_others(folder: Path) -> bool:

@@ -28,11 +28,10 @@ from base import flight_recorder
 from base.errors import UnfitWeights, UserError
 from base.knobs import knob, restated, section
 from base.processes import SENTENCE_FILE, end_with_parent
-from base.text import as_list
 from base.writing import check_output_folder
 from runtime.advice import advice_on, has_lost_peer, launched_rank, leave_with
 from runtime.bucket import output_in_bucket
-from runtime.builtin_data import holds_others, make_digitscenes_if_named, names_digitscenes
+from runtime.builtin_data import make_digitscenes_if_named, of_its_images_alone
 from runtime.config.draft import COMMAND_LINE, Draft, at_flag, at_override, flag
 from runtime.config.old_commands import align
 from runtime.config.values import Option, differences, show
@@ -49,12 +48,6 @@ LAUNCHER_FLAGS = {"local_rank", "rank", "world_size", "dist_url", "dist_backend"
 PRECEDENCE = {"config": 0, "overrides": 2}  # 1 for other flags
 USAGE = "[--config FILE.yaml ...] [--flag value ...] [--overrides key=value ...]"
 SPLITS = ("val_file", "test_file", "val", "test")  # what --evaluate reads, in any script
-# folders of images, and what of a recipe for DigitScenes is of its images alone
-ROOTS = ("image_root", "vqa_root", "data_root", "train_data")
-OF_IMAGES = (
-    *("train_file", "val_file", "test_file", "test_answers", "answer_list"),
-    *("refcoco_data", "det_file", "train_list", "val", "test", "val_data", "classes"),
-)
 
 
 def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | None = None) -> C:
@@ -136,12 +129,7 @@ def leave_out_unnamed_splits(draft: Draft) -> None:
     what is of the images of DigitScenes, where the command line names a folder of others."""
     values = draft.values
     asked = {path for path, source in draft.set_by.items() if source in COMMAND_LINE}
-    unread: dict[str, str] = {}  # path -> why
-    for root in ROOTS:
-        folders = as_list(values[root] or []) if root in asked else []
-        if folders and all(holds_others(Path(each)) for each in folders):
-            built = [path for path in OF_IMAGES if names_digitscenes(values.get(path))]
-            unread |= dict.fromkeys(built, f"it is of DigitScenes, not of --{root}")
+    unread = of_its_images_alone(values, asked)  # path -> why
     if named := [path for path in SPLITS if path in asked and values[path]]:
         if values.get("evaluate"):
             unread |= dict.fromkeys(SPLITS, f"--evaluate with {named[0]}")
@@ -153,31 +141,34 @@ def leave_out_unnamed_splits(draft: Draft) -> None:
             draft.notes.append(f"{path} of the recipe is not read: {why}")
 
 
-def is_used(option: Option, chosen: Sequence[str]) -> bool:
-    """Whether the method that the values `chosen` name uses an option."""
-    method = {*chosen, *"_".join(chosen).split("_")}
+def is_used(option: Option, chosen: str) -> bool:
+    """Whether the method `chosen`, or a part of its name, uses an option."""
+    method = {chosen, *chosen.split("_")}
     return not option.methods or bool(method.intersection(option.methods.split()))
 
 
 def of_other_methods(draft: Draft, config: Any) -> dict[str, str]:
     """Flags of the command line that the chosen method does not use -> whose they are."""
-    chosen = [str(attrgetter(path)(config)) for path in getattr(type(config), "METHOD", ())]
-    found = {}
+    found: dict[str, str] = {}
+    if not hasattr(config, "METHOD"):
+        return found
+    chosen = str(attrgetter(config.METHOD)(config))
     for path, source in draft.set_by.items():
         option = draft.schema.knobs[path]
-        if chosen and source in COMMAND_LINE and not is_used(option, chosen):
+        if source in COMMAND_LINE and not is_used(option, chosen):
             methods = ", ".join(option.methods.split())
-            found[flag(draft.schema.flat_names(path)[0])] = f"of {methods}, not of {chosen[0]}"
+            found[flag(draft.schema.flat_names(path)[0])] = f"of {methods}, not of {chosen}"
     return found
 
 
 def help_text(draft: Draft, description: str | None = None, everything: bool = False) -> str:
     """Usage, `description`, and the knobs by section, with default and meaning.
 
-    Shown are those that the chosen method uses (a class names the options that choose it: METHOD),
+    Shown are those that the chosen method uses (a class names the option that chooses it: METHOD),
     without rare ones; `everything`: all.
     """
-    chosen = [str(draft.values[path]) for path in getattr(draft.schema.sections[""], "METHOD", ())]
+    method_path = getattr(draft.schema.sections[""], "METHOD", None)
+    chosen = str(draft.values[method_path]) if method_path else ""
     groups: dict[str, list[str]] = {}
     hidden = 0
     for path, k in draft.schema.knobs.items():
@@ -193,7 +184,7 @@ def help_text(draft: Draft, description: str | None = None, everything: bool = F
         blocks.append(description.strip())
     blocks += ["\n".join(lines) for lines in groups.values()]
     if hidden:
-        others = f", or of other methods than {', '.join(chosen)}" if chosen else ""
+        others = f", or of other methods than {chosen}" if chosen else ""
         blocks.append(f"{hidden} more are rarely needed{others}: --help all")
     return "\n\n".join(blocks)
 

@@ -1,6 +1,7 @@
 """Every option of a configuration class by its dotted path, and every spelling of a path.
 
 Beside its fields a class may have
+    METHOD       the option that chooses the method
     METHODS      methods that use its options, where an option names none itself
     IGNORED      names that are accepted without effect: {name: why}
     ELSEWHERE    names of this section that belong to another: {name: path}

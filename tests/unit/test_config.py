@@ -731,7 +731,7 @@ def test_help_shows_what_the_method_uses(capsys):
 
     @dataclass
     class Methods(Base, OfBeta):
-        METHOD = ("method",)
+        METHOD = "method"
         method: str = knob("alpha", "what to train", choices=("alpha", "beta"))
         aa: int = knob(1, "width of alpha", methods="alpha")
         cc: int = knob(1, "for experts", rare=True)

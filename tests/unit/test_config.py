@@ -716,7 +716,7 @@ def test_the_learning_rate_of_old_schedules_is_the_optimizers(yaml):
     two = yaml("optimizer: {lr: 1e-5}\nschedular: {lr: 2e-5}")
     with pytest.raises(UserError, match="has two values: 1e-05 and 2e-05"):
         parse(VeConfig, ["--config", str(two)])
-    wrong = yaml("optimizer: {lr: x}\nschedular: {lr: 2e-5}")
+    wrong = yaml("optimizer: {lr: x}\nschedular: {lr: 3e-5}")
     with pytest.raises(UserError, match=r"^\S+:1: optimizer.lr: expected .*, got 'x'[^\n]*$"):
         parse(VeConfig, ["--config", str(wrong)])  # one mistake, not two values
     saved = yaml("optimizer: {lr: 1e-5}\nscheduler: {lr: null}")

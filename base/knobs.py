@@ -25,6 +25,7 @@ class Knob:
     aliases: Sequence[str] = ()  # other names; `j` makes `-j`
     bare: str | None = None  # the value of a flag that stands alone
     methods: str = ""  # the methods that use it, as in "simla albef"; none = all
+    only_with: tuple[str, Any] | None = None  # (option, value) without which it has no effect
     rare: bool = False  # left to `--help all`
     required: bool = False  # a script cannot do without
     flat: bool = False  # of a section: `--lr` is accepted for `--optimizer.lr`

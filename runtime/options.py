@@ -60,6 +60,7 @@ class RunConfig:
         "blocks: every transformer block by itself, which compiles faster; reduce-overhead: CUDA graphs "
         "of the whole, for a host that cannot launch kernels fast enough; max-autotune: as in torch",
         choices=COMPILE_MODES,
+        only_with=("compile", True),
         rare=True,
     )
     parallel: str = knob(
@@ -70,10 +71,14 @@ class RunConfig:
         "fsdp: processes that share one copy of the weights; 0 = all; fewer, such as a node's GPUs: "
         "HSDP",
         low=0,
+        only_with=("parallel", "fsdp"),
         rare=True,
     )
     offload: bool = knob(
-        False, "fsdp: parameters and optimizer state in host memory; slower", rare=True
+        False,
+        "fsdp: parameters and optimizer state in host memory; slower",
+        only_with=("parallel", "fsdp"),
+        rare=True,
     )
     activation_checkpointing: bool = knob(
         False, "recompute transformer blocks in the backward pass to save memory"

@@ -68,7 +68,7 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | No
 
         options = cls.OF_CHECKPOINT
         from_checkpoint.take_from_checkpoint(config, options=options, none_is_open=False)
-    draft.ignored.update(of_other_methods(draft, config))
+    draft.ignored.update(flags_without_effect(draft, config))
     if launched_rank() == "0":
         for note in dict.fromkeys(draft.notes):
             print("note:", note, flush=True)
@@ -147,17 +147,22 @@ def is_used(option: Option, chosen: str) -> bool:
     return not option.methods or bool(method.intersection(option.methods.split()))
 
 
-def of_other_methods(draft: Draft, config: Any) -> dict[str, str]:
-    """Flags of the command line that the chosen method does not use -> whose they are."""
+def flags_without_effect(draft: Draft, config: Any) -> dict[str, str]:
+    """Flags of the command line that do nothing beside the other options -> why."""
     found: dict[str, str] = {}
-    if not hasattr(config, "METHOD"):
-        return found
-    chosen = str(attrgetter(config.METHOD)(config))
+    method_path = getattr(config, "METHOD", None)
+    chosen = str(attrgetter(method_path)(config)) if method_path else ""
     for path, source in draft.set_by.items():
+        if source not in COMMAND_LINE:
+            continue
         option = draft.schema.knobs[path]
-        if source in COMMAND_LINE and not is_used(option, chosen):
-            methods = ", ".join(option.methods.split())
-            found[flag(draft.schema.flat_names(path)[0])] = f"of {methods}, not of {chosen}"
+        other, needed = option.only_with or ("", None)
+        is_default = draft.values[path] == option.default
+        name = flag(draft.schema.flat_names(path)[0])
+        if chosen and not is_used(option, chosen):
+            found[name] = f"of {', '.join(option.methods.split())}, not of {chosen}"
+        elif other and not is_default and getattr(config, other) != needed:
+            found[name] = f"only with {flag(other)} {show(needed)}"
     return found
 
 

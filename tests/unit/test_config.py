@@ -768,6 +768,18 @@ def test_an_unknown_flag_suggests_the_option_that_has_its_words(flag, meant):
     assert str(error.value) == f"{flag}: unknown key; did you mean {meant}?"
 
 
+def test_flags_that_go_with_another_option_are_named_without_it(capsys):
+    from VE import Config as VeConfig
+
+    parse(VeConfig, ["--offload", "--compile-mode", "blocks", "--shard-group", "0"])
+    assert capsys.readouterr().out == (
+        "note: without effect here: --offload (only with --parallel fsdp), "
+        "--compile-mode (only with --compile true)\n"
+    )
+    parse(VeConfig, ["--offload", "--parallel", "fsdp"])
+    assert capsys.readouterr().out == ""
+
+
 def test_what_has_no_effect_is_reported_on_the_first_rank(yaml, capsys, monkeypatch):
     from VE import Config as VeConfig
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from base.errors import UserError
 from models.dual_encoder.align import TEXTS, Align
 from models.dual_encoder.config import DualConfig
-from models.layers.efficientnet import SHAPES, SQUEEZE
+from models.layers.efficientnet import SHAPES, SQUEEZE, STAGES
 from models.weights.loading import State, count
 from models.weights.stated import OPEN_FOLDER, check_stated
 
@@ -171,6 +171,8 @@ def check_described(described: Mapping[str, Any]) -> None:
         "batch_norm_eps": (1e-3,),
         "pooling_type": ("mean",),
         "squeeze_expansion_ratio": (SQUEEZE,),
+        "strides": ([stage[-1] for stage in STAGES],),
+        "depthwise_padding": ([],),
     }
     vision = described.get("vision_config", {})
     check_stated("config.json, vision_config", vision, computed, OPEN_FOLDER)

@@ -386,7 +386,7 @@ def check_clip_described(described: Mapping[str, Any], shape: OpenAIConfig) -> N
         return
     check_stated("config.json", described, {"model_type": ("clip",)}, OPEN_FOLDER)
     vocabulary = shape.text.vocab_size
-    text = described.get("text_config", {})
+    text = {"num_attention_heads": 8} | described.get("text_config", {})
     computed = {
         "hidden_act": ("quick_gelu", "gelu"),
         "layer_norm_eps": (1e-5,),

@@ -15,7 +15,12 @@ from models.dual_encoder.openai import OpenAICLIP
 from models.layers.clip_towers import TextShape
 from models.layers.openai_towers import OpenAIConfig
 from models.weights import clip as adapters
-from models.weights.any_dual_encoder import config_of_shapes, embedding_model, open_dual
+from models.weights.any_dual_encoder import (
+    check_clip_described,
+    config_of_shapes,
+    embedding_model,
+    open_dual,
+)
 from runtime.checkpoint import read_weights
 from runtime.config.from_checkpoint import description_of
 from tests.helpers.clip_toys import TOY
@@ -294,12 +299,24 @@ def test_aligns_folder_tells_size_and_pixels():
         open_dual(model.state_dict(), about)
 
 
+def test_heads_that_a_configuration_leaves_out_are_transformers_default():
+    """8 of a text encoder, of any width; OpenAI's are 64 wide."""
+    text = {"hidden_size": 768, "num_attention_heads": 12}
+    shape = OpenAIConfig(text=TextShape(width=768, heads=12))
+    described = {"model_type": "clip", "text_config": text}
+    check_clip_described(described, shape)
+    del text["num_attention_heads"]
+    with pytest.raises(UserError, match=r"heads is 8.*computes 12"):
+        check_clip_described(described, shape)
+
+
 @pytest.mark.parametrize(
     ("layout", "path", "value", "message"),
     [
         ("align", "config text_config hidden_act", "relu", "hidden_act is 'relu'.*computes 'gelu'"),
         ("align", "config text_config layer_norm_eps", 1e-5, "layer_norm_eps is 1e-05"),
         ("align", "config vision_config batch_norm_eps", 1e-5, "batch_norm_eps is 1e-05"),
+        ("align", "config vision_config strides", [1, 2, 2, 2, 1, 1, 1], "strides is"),
         ("align", "preprocessor_config resample", 3, "resample is 3.*computes 2"),
         ("hf", "config model_type", "metaclip_2", "model_type is 'metaclip_2'.*hf/FOLDER"),
         ("hf", "config text_config layer_norm_eps", 1e-6, "layer_norm_eps is 1e-06"),

@@ -16,7 +16,7 @@ def keep_freed_memory(device: torch.device) -> bool:
 
     glibc gives blocks above 32 MiB, and the end of its heap, back to the kernel, which clears their
     pages anew in every step: a tenth of a step's processor time where activations are that large.
-    Memory at the peak grows by 1 to 4 %. Only for the CPU, where the library has `mallopt` and
+    Memory at the peak stays nearly the same. Only for the CPU, where the library has `mallopt` and
     the environment does not set its allocator already.
     """
     tuned = any(name.startswith(TUNED) for name in os.environ)

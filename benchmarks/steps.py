@@ -11,7 +11,6 @@ from benchmarks.child import measure, measure_once
 from benchmarks.runner import OURS, TrainOptions, device_of, take_turns
 from benchmarks.table import FASTER, FASTER_CPU, MEMORY, Column, publish
 from runtime.flops import peak_flops
-from runtime.heap import keep_freed_memory
 from runtime.optim.build import PRECISIONS, Optimizer, Precision, build_optimizer
 from runtime.parallel import ParallelOptions, parallelize
 
@@ -44,7 +43,6 @@ def training_step(
     else a step does, at its start.
     """
     device = torch.device(options.device)
-    keep_freed_memory(device)  # of every side
     features = ParallelOptions(
         compile=options.compile, activation_checkpointing=options.activation_checkpointing
     )

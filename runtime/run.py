@@ -28,7 +28,6 @@ from runtime.checkpoint import (
 )
 from runtime.config.cli import differences, save, to_dict
 from runtime.flops import peak_flops
-from runtime.heap import keep_freed_memory
 from runtime.interrupt import EXIT_REQUEUE, Interrupt
 from runtime.log import Meters, RunLog, Stopwatch, logged_values
 from runtime.optim.build import Precision, build_optimizer
@@ -304,7 +303,6 @@ class Run:
             check_fits(trained, f"{title}: training", copies=3, device=self.world.device)
         if config.compile:  # on GPUs torch 2.6 starts its compilers when it is asked to compile
             self.interrupt.spare_children()
-        keep_freed_memory(self.world.device)
         model = parallelize(model, self.world, config).train()
         seed_everything(config.seed, self.world.rank)
         optimizer = build_optimizer(model, config.optimizer, decayed)

@@ -57,8 +57,8 @@ def init(device: str = "auto") -> World:
     (CUDA where present), `cuda` or `cpu`;
     the backend is nccl for tensors on CUDA and gloo for those on the CPU.
 
-    Raises UserError where CUDA is asked for and absent, where a node has fewer GPUs than processes, or
-    where the variables tell of half a launcher.
+    Raises UserError where CUDA is asked for and absent, where a node has fewer GPUs than processes,
+    or where the variables tell of half a launcher.
     """
     env = os.environ
     # the variable of a step: a shell inside an allocation has the job's SLURM_NTASKS, but is no

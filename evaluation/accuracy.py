@@ -67,8 +67,8 @@ def class_results(
 ) -> tuple[dict, list[str]]:
     """`(metrics by split, cards of the report)`; the cards on rank 0 alone, the last split's first.
 
-    judged by split: see `statement_logits`; splits: data with `labels` int64 [R], `records` and `files`; names of the
-    classes.
+    judged: by split, see `statement_logits`; splits: data with `labels` int64 [R], `records` and
+    `files`; names of the classes.
     """
     metrics = {}
     cards = []

@@ -113,8 +113,8 @@ class CheckpointFolder:
 
     def make_best(self, step: int) -> None:
         """Give the checkpoint of a step, which is there, the second name `checkpoint_best.pt` or
-        `checkpoint_best`, which is never pruned: a hard link to the file, a symbolic link to the folder.
-        """
+        `checkpoint_best`, which is never pruned: a hard link to the file, a symbolic link to the
+        folder."""
         path = self.at(step)
         name = self.folder / f"checkpoint_best{path.suffix}"
         if path.is_dir():

@@ -32,8 +32,8 @@ class EvalLoader:
     last pass, and by `damages` for the metrics.
     load: makes a sample; it must pickle, for workers that are not forked. A BadSample of another
     kind than an unreadable image ends the evaluation with a UserError; so do more unreadable images
-    than `error_budget`, a fraction of the samples of all processes together. Every process must iterate: a collective comes before the first batch
-    and after the last.
+    than `error_budget`, a fraction of the samples of all processes together. Every process must
+    iterate: a collective comes before the first batch and after the last.
     exif: turn images by their EXIF orientation.
     """
 
@@ -71,9 +71,8 @@ class EvalLoader:
     def __iter__(self) -> Iterator[dict]:
         self.unreadable = []
         self.truncated = []
-        everyone = sum(
-            gather_objects(self.samples)
-        )  # parts may differ: one may have a few, or none
+        # parts may differ: a process may have a few, or none
+        everyone = sum(gather_objects(self.samples))
         with signals_held():
             batches = iter(self.loader)
         for batch in batches:

@@ -9,7 +9,8 @@ set that Hugging Face's datasets saved), with paths of images or the encoded ima
 KEY.jpg (or .png ...), KEY.txt with a caption a line, and KEY.json with the other fields.
 
 Shards are written by several processes, with --slurm by the tasks of a job array. A shard that is
-there already, of the same data, images and settings, is kept: start the command again after an interruption.
+there already, of the same data, images and settings, is kept: start the command again after an
+interruption.
 Other shards in the folder, such as those of an earlier, larger packing, are refused.
 """
 

@@ -83,8 +83,8 @@ def save(options: SimpleNamespace) -> dict:
 
 def main(config: Config) -> None:
     results = take_turns(config, dict.fromkeys(WAYS, "benchmarks.checkpoint:save"))
-    title, remark = "How long training waits for a checkpoint", f"State: {config.gigabytes:g} GiB."
-    publish(config, "checkpoint", [title], results, COLUMNS, remark)
+    title = ["How long training waits for a checkpoint"]
+    publish(config, "checkpoint", title, results, COLUMNS, f"State: {config.gigabytes:g} GiB.")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,9 @@ def loss_and_gradients(options: SimpleNamespace) -> dict:
 
 
 def main(config: Config) -> None:
-    sides = [f"tiles of {config.tile}"] + [DENSE] * (config.pairs <= DENSE_UP_TO)
+    sides = [f"tiles of {config.tile}"]
+    if config.pairs <= DENSE_UP_TO:
+        sides.append(DENSE)
     results = take_turns(config, dict.fromkeys(sides, "benchmarks.contrastive:loss_and_gradients"))
     title = ["Contrastive loss and gradients", f"{config.pairs:,} pairs of {config.width}"]
     publish(config, "contrastive", [*title, "one CPU process"], results, COLUMNS)

@@ -40,7 +40,8 @@ def seed_and_run(options: SimpleNamespace) -> dict:
 
 # ---- SIMLA and ALBEF, sizes as SIMLA was published
 TEXT_LENGTH = 25  # tokens
-IMAGE_SIZE = 256
+IMAGE_SIZE, TOKEN_IMAGE_SIZE = 256, 128  # pixels: of the ViT, of the image tokenizer
+PATCHES, MASKED_PATCHES = 256, 75
 VOCABULARY, CLS, MASK = 30522, 101, 103  # bert-base-uncased
 QUEUE_SIZE = 65536  # fixed in the originals
 ALPHA = 0.4  # weight of the teacher's soft targets after the ramp
@@ -63,15 +64,15 @@ def synthetic_batch(size: int) -> dict[str, Tensor]:
     masked = torch.rand(size, TEXT_LENGTH, generator=rng) < 0.15
     masked[:, 1] = True
     masked &= text_mask & (text_ids != CLS)
-    order = torch.rand(size, 256, generator=rng).argsort(1)
+    order = torch.rand(size, PATCHES, generator=rng).argsort(1)
     return {
         "image": torch.randn(size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=rng),
         "text_ids": text_ids,
         "text_mask": text_mask,
         "mlm_ids": text_ids.masked_fill(masked, MASK),
         "mlm_labels": text_ids.masked_fill(~masked, -100),
-        "token_image": torch.rand(size, 3, 128, 128, generator=rng),
-        "patch_mask": order < 75,
+        "token_image": torch.rand(size, 3, TOKEN_IMAGE_SIZE, TOKEN_IMAGE_SIZE, generator=rng),
+        "patch_mask": order < MASKED_PATCHES,
     }
 
 

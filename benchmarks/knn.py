@@ -70,16 +70,17 @@ def search(options: SimpleNamespace) -> dict:
         features = [np.load(file, mmap_mode="r") for file in files]
         banks = [Bank(each, labels=torch.zeros(len(each))) for each in features]
         world = alone(options.device)
+
+        def find() -> np.ndarray:
+            return nearest_neighbours(*banks, options.k, world).index.numpy()
     else:
         from sklearn.neighbors import NearestNeighbors
         from sklearn.preprocessing import normalize
 
-    def find() -> np.ndarray:
-        if ours:
-            return nearest_neighbours(*banks, options.k, world).index.numpy()
-        index = NearestNeighbors(n_neighbors=options.k, algorithm="brute", metric="euclidean")
-        index.fit(normalize(np.load(files[0])))
-        return index.kneighbors(normalize(np.load(files[1])), return_distance=False)
+        def find() -> np.ndarray:
+            index = NearestNeighbors(n_neighbors=options.k, algorithm="brute", metric="euclidean")
+            index.fit(normalize(np.load(files[0])))
+            return index.kneighbors(normalize(np.load(files[1])), return_distance=False)
 
     before = linux_bytes("/proc/self/smaps_rollup", "Rss")
     found, result = measure_once(find)

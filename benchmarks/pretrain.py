@@ -107,8 +107,10 @@ def our_losses(options: SimpleNamespace) -> dict:
     if batch.pop("token_image", None) is not None:
         batch["visual_codes"] = saved["visual_codes"].to(options.device)
 
-    def likeliest(i2t: Tensor, t2i: Tensor, same: Tensor) -> tuple[Tensor, ...]:
-        return tuple(each.masked_fill(same, -torch.inf).argmax(-1) for each in (t2i, i2t))
+    def likeliest(i2t: Tensor, t2i: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+        images = t2i.masked_fill(same, -torch.inf).argmax(-1)
+        texts = i2t.masked_fill(same, -torch.inf).argmax(-1)
+        return images, texts
 
     model.sample_negatives = likeliest
     MomentumPairs(model).update()

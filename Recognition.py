@@ -143,7 +143,7 @@ def labeller(model: Nxtp, tokenizer: PieceTokenizer, config: Config, world: Worl
 
 
 def evaluate(model: Nxtp, data: ImageSet, tokenizer, config: Config, world: World, precision):
-    """`(label, probability)` of every image of a split, best first, the same on every process."""
+    """`(found, damaged images)`: `(label, probability)`s of every image of a split, best first."""
     reader = labeller(model, tokenizer, config, world)
     statistics = image_statistics(config.network.image_tower, world.device)
     shared = config.tensor_parallel  # every process has a part of the decoder, and all images
@@ -155,7 +155,7 @@ def evaluate(model: Nxtp, data: ImageSet, tokenizer, config: Config, world: Worl
 
     with evaluating(model), precision.autocast():
         drafts = Drafts(*over_split(predict, batches, own, len(data), world))
-    return [reader.labels(drafts, i) for i in range(len(data))]
+    return [reader.labels(drafts, i) for i in range(len(data))], batches.damages(shared)
 
 
 def show(model: Nxtp, tokenizer, config: Config, world: World, precision: Precision) -> None:
@@ -202,16 +202,16 @@ def train(config: Config, tokenizer, val: ImageSet | None, encoder, model, world
     statistics = image_statistics(config.network.image_tower, world.device)
 
     if run.validation_due(run.step):  # a run that was killed in it
-        found = evaluate(whole_model(model), val, tokenizer, config, world, precision)
-        run.keep_best(label_metrics(found, val.references, encoder), run.step)
+        found, damages = evaluate(whole_model(model), val, tokenizer, config, world, precision)
+        run.keep_best(label_metrics(found, val.references, encoder) | damages, run.step)
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
         losses = train_step(model, statistics, run.next_batch, config, precision)
         grad_norm = precision.step(optimizer, model.parameters())
         run.log_step(step + 1, **losses, grad_norm=grad_norm)
         if run.validation_due(step + 1):
-            found = evaluate(whole_model(model), val, tokenizer, config, world, precision)
-            run.keep_best(label_metrics(found, val.references, encoder), step + 1)
+            found, damages = evaluate(whole_model(model), val, tokenizer, config, world, precision)
+            run.keep_best(label_metrics(found, val.references, encoder) | damages, step + 1)
         run.save_if_due(step + 1)
         run.leave_if_interrupted(step + 1)
     return run.finish()
@@ -238,8 +238,8 @@ def main(config: Config) -> None:
             splits.pop("val", None)  # scored in training
     metrics, sections = {}, []
     for split, data in splits.items():
-        found = evaluate(model.to(world.device), data, tokenizer, config, world, precision)
-        metrics[split] = label_metrics(found, data.references, encoder)
+        found, damages = evaluate(model.to(world.device), data, tokenizer, config, world, precision)
+        metrics[split] = label_metrics(found, data.references, encoder) | damages
         if world.is_main:
             save_labels(config.output_dir / f"result/labels_{split}.json", data, found)
             sections += label_report(data, found, metrics[split], split)

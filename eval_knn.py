@@ -51,7 +51,7 @@ from dataset.tasks.classification import (
 from dataset.tasks.dual_inputs import eval_view
 from dataset.tasks.loaders import eval_loader
 from dataset.tasks.published import benchmark_name
-from evaluation.features import Bank, feature_bank
+from evaluation.features import Bank, damages_of, feature_bank
 from evaluation.knn import knn_accuracy, nearest_neighbours
 from evaluation.probe import ProbeOptions, linear_probe
 from evaluation.published import data_name, write_probe
@@ -219,6 +219,7 @@ def main(config: Config) -> None:
     train, test = banks["train"], banks["test"]
     neighbours = nearest_neighbours(train, test, max(config.k), world)
     metrics = {"images": len(test), "train_images": len(train), "width": encoder.width}
+    metrics |= damages_of(banks)
     metrics["chance"] = 100 * test.labels.bincount().max().item() / len(test)
     metrics |= knn_accuracy(
         neighbours, train.labels, test.labels, classes, config.k, config.temperature

@@ -1,9 +1,10 @@
 """Features of a whole data set: computed once by all processes together, kept on disk, read through
 the page cache."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from base import distributed
 from base.arrays import map_array, reserve_array
 from base.distributed import World
 from base.errors import UserError, no_such_class
+from base.reading import read_json
 from base.writing import (
     file_errors,
     remove_leftovers,
@@ -25,10 +27,12 @@ from evaluation.predict import check_finite, progress
 
 
 class Bank(NamedTuple):
-    """Features float32 [N,D], memory-mapped, and labels int64 [N] of a data set."""
+    """Features float32 [N,D], memory-mapped, and labels int64 [N] of a data set; damages: as of
+    `EvalLoader.damages`, of the images when they were read."""
 
     features: np.ndarray
     labels: Tensor
+    damages: Mapping[str, int] = MappingProxyType({})
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,7 +63,7 @@ class Bank(NamedTuple):
 
 def feature_bank(
     encode: Callable[[Tensor], Tensor],
-    batches: Callable[[], Iterable[dict]],
+    batches: Callable,
     own: Sequence[int],
     total: int,
     width: int,
@@ -70,14 +74,15 @@ def feature_bank(
     file.
 
     encode: images on `world.device` -> features [B,width]. batches(): those of `own`, in order,
-    with image [B,...] and labels [B,1]. The folder must be one that all processes share; of several
+    with image [B,...] and labels [B,1]: a dataset.loading.eval.EvalLoader. The folder must be one that all processes share; of several
     runs that make the same bank, each writes files of its own. Raises UserError for images with
     several labels, and where a feature is not finite.
     """
     features = path.with_suffix(".npy")
     labels = path.with_suffix(".labels.npy")
     done = path.with_suffix(".json")
-    if not distributed.on_main(partial(_is_whole, features, labels, done, total, width)):
+    damages = distributed.on_main(partial(_stored, features, labels, done, total, width))
+    if damages is None:
 
         def begin() -> list[Path]:
             remove_leftovers(path.parent)
@@ -91,25 +96,38 @@ def feature_bank(
         def finish() -> None:
             for file, target in zip(unfinished, (features, labels), strict=True):
                 replace_synced(file, target)
-            write_json(done, {"images": total, "width": width})
+            write_json(done, {"images": total, "width": width, "damages": damages})
 
         unfinished = distributed.on_main(begin)
-        _fill(encode, batches(), own, unfinished, world)
-        distributed.barrier()
+        loader = batches()
+        _fill(encode, loader, own, unfinished, world)
+        damages = loader.damages()  # waits for all
         distributed.on_main(finish, share=False)
-    return Bank(np.load(features, mmap_mode="r"), torch.from_numpy(np.load(labels)))
+    return Bank(np.load(features, mmap_mode="r"), torch.from_numpy(np.load(labels)), damages)
 
 
-def _is_whole(features: Path, labels: Path, done: Path, total: int, width: int) -> bool:
-    """Whether a finished bank of this size is there; a damaged one is made again."""
-    if not done.is_file():
-        return False
+def damages_of(banks: Mapping[str, Bank]) -> dict[str, int]:
+    """Damaged images of every split for the metrics: `test`'s under their names, those of others
+    with the split before it, such as `train_unreadable_images`."""
+    counts = {}
+    for split, bank in banks.items():
+        for kind, count in bank.damages.items():
+            counts[kind if split == "test" else f"{split}_{kind}"] = count
+    return counts
+
+
+def _stored(features: Path, labels: Path, done: Path, total: int, width: int) -> dict | None:
+    """`damages` of a finished bank of this size; None where there is none, or a damaged one, which
+    is made again."""
+    again = "it is made again"
     try:
-        found = [map_array(file, "it is made again") for file in (features, labels)]
+        damages = read_json(done, dict, again).get("damages", {})  # before, none were kept
+        found = [map_array(file, again) for file in (features, labels)]
     except UserError:
-        return False
+        return None
     kinds = [(array.shape, array.dtype.str) for array in found]
-    return kinds == [((total, width), "<f4"), ((total,), "<i8")]
+    whole = kinds == [((total, width), "<f4"), ((total,), "<i8")]
+    return damages if whole and isinstance(damages, dict) else None
 
 
 def _fill(

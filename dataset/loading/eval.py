@@ -90,10 +90,11 @@ class EvalLoader:
         self._report()
         self._check_budget(sum(gather_objects(len(self.unreadable))), everyone)
 
-    def damages(self) -> dict[str, int]:
+    def damages(self, same: bool = False) -> dict[str, int]:
         """Unreadable and truncated images of the last pass on all processes, where there are any,
-        as `unreadable_images` and `truncated_images` for the metrics: a collective."""
-        found = gather_objects((len(self.unreadable), len(self.truncated)))
+        as `unreadable_images` and `truncated_images` for the metrics: a collective. same: every
+        process had the same samples, which count once."""
+        found = gather_objects((len(self.unreadable), len(self.truncated)))[: 1 if same else None]
         unreadable, truncated = (sum(counts) for counts in zip(*found, strict=True))
         kinds = {"unreadable_images": unreadable, "truncated_images": truncated}
         return {name: count for name, count in kinds.items() if count}

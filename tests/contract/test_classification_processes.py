@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.data import default_collate
 
 from base.distributed import World, unwrap
+from dataset.loading.eval import EvalLoader
 from evaluation import knn
 from evaluation.classification import multi_label_metrics, score, single_label_metrics
 from evaluation.features import Bank, feature_bank
@@ -162,10 +164,11 @@ def neighbours(world: World, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
         own = [i for unit in units(count, 3, world) for i in unit]
         labels = torch.arange(count) % 5
 
-        def batches(own=own, images=images, labels=labels):
-            for start in range(0, len(own), 3):
-                rows = own[start : start + 3]
-                yield {"image": images[rows], "labels": labels[rows, None]}
+        def sample(i, images=images, labels=labels):
+            return {"image": images[i], "labels": labels[i, None]}
+
+        def batches(own=own, sample=sample):
+            return EvalLoader(sample, own, 3, default_collate, workers=0)
 
         with torch.no_grad():
             banks.append(

@@ -1,5 +1,7 @@
 """Evaluation's error budget counts the unreadable images of all processes together."""
 
+from functools import partial
+
 import pytest
 
 from base.distributed import gather_objects
@@ -43,6 +45,17 @@ def evaluate(rank: int, bad: int, budget: float, fails: bool) -> None:
 )
 def test_two_processes(bad, budget, fails):
     spawn(evaluate, 2, bad, budget, fails)
+
+
+def same_parts(rank: int) -> None:
+    """Every process evaluates all images, with its part of the network."""
+    loader = EvalLoader(partial(load, bad=IMAGES), range(IMAGES), 5, list, 0, error_budget=1)
+    assert sum(map(len, loader)) == IMAGES
+    assert loader.damages(same=True) == {"unreadable_images": IMAGES}
+
+
+def test_images_that_every_process_has_count_once():
+    spawn(same_parts, 2)
 
 
 def short_part(rank: int) -> None:

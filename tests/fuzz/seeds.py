@@ -373,12 +373,12 @@ def shard_count(path: Path) -> Any:
 
 def feature_bank(path: Path) -> Any:
     """A bank of features, one of whose files is damaged: whole or made again."""
-    from evaluation.features import _is_whole
+    from evaluation.features import _stored
 
     np.save(path.with_name("bank.labels.npy"), np.arange(4))
     (path.parent / "bank.json").write_text("{}")
     names = [path.with_name(f"bank{ending}") for ending in (".labels.npy", ".json")]
-    return _is_whole(path, *names, 4, 3)
+    return _stored(path, *names, 4, 3)
 
 
 def arrow_table() -> Any:

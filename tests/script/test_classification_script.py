@@ -208,6 +208,20 @@ def test_knn_of_a_classifier(digitscenes, pretrained, tmp_path):
         assert not list((tmp_path / knob).rglob("*.npy"))
 
 
+def test_knn_counts_unreadable_images(digitscenes, pretrained, tmp_path):
+    """Also when their features were kept."""
+    for split, count in (("train", 2), ("val", 1)):
+        shutil.copytree(digitscenes / "imagefolder" / split, tmp_path / split)
+        for file in sorted((tmp_path / split).rglob("*.*"))[:count]:
+            file.write_bytes(b"no image")
+    data = {"train_data": tmp_path / "train", "val_data": tmp_path / "val", "error_budget": 0.1}
+    for _ in range(2):
+        found = neighbours(digitscenes, tmp_path / "knn", checkpoint=pretrained, **data)
+        assert found["unreadable_images"] == 1 and found["train_unreadable_images"] == 2
+        page = (tmp_path / "knn/result/report.html").read_text()
+        assert "unreadable images: 1" in page
+
+
 def test_knn_of_dual_encoders(digitscenes, tmp_path):
     for name in ("CLIP_VITT8_CLIP", "CL2L_VITT8_CL2L"):
         sizes = {

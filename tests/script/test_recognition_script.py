@@ -105,19 +105,23 @@ def test_the_labels_of_a_image(trained, digitscenes, tmp_path, capsys):
 
 
 def test_two_processes_share_a_decoder_in_evaluation(trained, digitscenes, tmp_path):
+    """Both read every image: the one that nobody can read counts once."""
     folder, _ = trained
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    known = (digitscenes / "nxtp/test.list").read_text()
+    (tmp_path / "test.list").write_text(f"{known}{tmp_path}/broken.png : dog\n")
     flags = (
-        f"--checkpoint {folder} --evaluate --tensor_parallel --test {digitscenes}/nxtp/test.list"
-    )
-    flags += (
+        f"--checkpoint {folder} --evaluate --tensor_parallel --test {tmp_path}/test.list"
         f" --image_root {digitscenes} --num_labels 5 --max_label_len 6 --workers 0 --device cpu"
     )
-    finish(2, [*flags.split(), "--output_dir", str(tmp_path)])
+    finish(2, [*flags.split(), "--output_dir", str(tmp_path), "--error_budget", "0.1"])
     one, two = (
         json.loads((path / "result/labels_test.json").read_text()) for path in (folder, tmp_path)
     )
-    for mine, theirs in zip(one, two, strict=True):
+    for mine, theirs in zip(one, two[:-1], strict=True):
         assert [text for text, _ in mine["labels"]] == [text for text, _ in theirs["labels"]]
+    metrics = json.loads((tmp_path / "result/metrics.json").read_text())
+    assert metrics["test"]["unreadable_images"] == 1
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from base.distributed import World
 from base.errors import UserError
 from evaluation import knn
-from evaluation.features import Bank, feature_bank
+from evaluation.features import Bank, damages_of, feature_bank
 from evaluation.knn import Neighbours, first_of, knn_accuracy, nearest_neighbours, votes
 from evaluation.probe import (
     SWEEP,
@@ -28,6 +28,24 @@ from evaluation.probe import (
 )
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+class Loaded:
+    """Batches as EvalLoader's."""
+
+    def __init__(self, batches, damages):
+        self.batches = batches
+        self.found = damages
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def damages(self):
+        return self.found
+
+
+def stored(encode, batches, *rest, damages=None):
+    return feature_bank(encode, lambda: Loaded(batches(), damages or {}), *rest)
 
 
 def bank(count, width=6, seed=0, classes=4):
@@ -212,13 +230,30 @@ def test_features_are_computed_once(tmp_path):
         yield {"image": images[3:], "labels": torch.tensor([[2], [2]])}
 
     for _ in range(2):
-        found = feature_bank(encode, batches, range(5), 5, 2, tmp_path / "key", ALONE)
+        found = stored(encode, batches, range(5), 5, 2, tmp_path / "key", ALONE)
         assert calls == [3, 2] and found.labels.tolist() == [1, 2, 0, 2, 2]
         assert torch.equal(found.rows(1, 4, ALONE.device), 2 * torch.arange(10.0).view(5, 2)[1:4])
         found.check_labels(3, "val.jsonl")  # and fewer are another command's
         with pytest.raises(UserError, match="label 2 is outside the list of 2 classes"):
             found.check_labels(2, "val.jsonl")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_damaged_images_are_told_by_a_kept_bank_too(tmp_path):
+    batch = {"image": torch.ones(2, 3), "labels": torch.zeros(2, 1, dtype=torch.int64)}
+    counts = {"unreadable_images": 1}
+
+    def bank(damages):
+        rest = (range(2), 2, 3, tmp_path / "key", ALONE)
+        return stored(lambda image: image, lambda: [batch], *rest, damages=damages)
+
+    assert bank(counts).damages == counts == bank({"truncated_images": 2}).damages
+    (tmp_path / "key.json").write_text('{"images": 2, "width": 3}')  # of an earlier version
+    assert bank(counts).damages == {}
+    (tmp_path / "key.json").write_text("{")
+    banks = {"train": bank(counts), "test": bank(None), "val": bank(None)}
+    found = {"train_unreadable_images": 1, "unreadable_images": 1, "val_unreadable_images": 1}
+    assert damages_of(banks) == found
 
 
 def test_two_runs_that_make_the_same_bank_do_not_meet(tmp_path, monkeypatch):
@@ -236,7 +271,7 @@ def test_two_runs_that_make_the_same_bank_do_not_meet(tmp_path, monkeypatch):
                     made.append(bank())
 
     def bank():
-        return feature_bank(lambda image: image, batches, range(4), 4, 2, tmp_path / "key", ALONE)
+        return stored(lambda image: image, batches, range(4), 4, 2, tmp_path / "key", ALONE)
 
     for found in (bank(), made[1]):
         assert np.array_equal(found.features, np.arange(8.0).reshape(4, 2))
@@ -253,7 +288,7 @@ def test_a_full_disk_is_one_sentence_before_anything_is_encoded(fault, tmp_path,
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     with pytest.raises(UserError, match=r"key\.npy: not written, .*; name another --cache"):
-        feature_bank(None, None, range(5), 5, 2, tmp_path / "made/key", ALONE)
+        stored(None, None, range(5), 5, 2, tmp_path / "made/key", ALONE)
     assert not list((tmp_path / "made").iterdir())
 
 
@@ -264,9 +299,9 @@ def test_an_interrupted_cache_is_made_anew(tmp_path):
 
     good = [{"image": torch.ones(2, 3), "labels": torch.zeros(2, 1, dtype=torch.int64)}]
     with pytest.raises(KeyboardInterrupt):
-        feature_bank(lambda image: image, broken, range(2), 2, 3, tmp_path / "key", ALONE)
+        stored(lambda image: image, broken, range(2), 2, 3, tmp_path / "key", ALONE)
     assert (
-        feature_bank(
+        stored(
             lambda image: image, lambda: good, range(2), 2, 3, tmp_path / "key", ALONE
         ).features.sum()
         == 6
@@ -291,7 +326,7 @@ def test_an_interrupted_cache_is_made_anew(tmp_path):
 )
 def test_features_that_cannot_be_compared(batch, words, tmp_path):
     with pytest.raises(UserError, match=words):
-        feature_bank(lambda image: image, lambda: [batch], range(2), 2, 3, tmp_path / "key", ALONE)
+        stored(lambda image: image, lambda: [batch], range(2), 2, 3, tmp_path / "key", ALONE)
 
 
 @pytest.mark.parametrize("which", ["key.npy", "key.labels.npy"])
@@ -304,7 +339,7 @@ def test_a_damaged_bank_is_made_again(tmp_path, which, damage):
         return [{"image": torch.arange(6.0).view(3, 2), "labels": torch.tensor([[2], [0], [1]])}]
 
     def bank():
-        return feature_bank(lambda image: image, batches, range(3), 3, 2, tmp_path / "key", ALONE)
+        return stored(lambda image: image, batches, range(3), 3, 2, tmp_path / "key", ALONE)
 
     bank()
     file = tmp_path / which

@@ -159,7 +159,7 @@ def classify_images(data: OpenSet, encoder: Encoder, config: Config, world: Worl
         "metric": metric,
         "images": total,
         "classes": len(data.classes),
-        "chance": zeroshot.zero_shot_chance(metric, len(data.classes)),
+        "chance": zeroshot.zero_shot_chance(metric, len(data.classes), found.targets),
         **found.scores,
         **batches.damages(),
     }

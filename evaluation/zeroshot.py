@@ -20,7 +20,14 @@ from base.writing import write_json
 from evaluation.compositional import choices, example_scores
 from evaluation.predict import over_split, percent
 from evaluation.retrieval import best_of_both, recalls, units
-from evaluation.zeroshot_metrics import KEPT, NEEDS_SCORES, by_score, class_figures, measure
+from evaluation.zeroshot_metrics import (
+    KEPT,
+    NEEDS_SCORES,
+    by_score,
+    class_figures,
+    measure,
+    random_map11,
+)
 from runtime.checkpoint import export_safetensors, read_weights
 
 Embeddings = dict[str, Tensor]
@@ -323,8 +330,11 @@ def topk_accuracy(
     return accuracy
 
 
-def zero_shot_chance(metric: str, classes: int) -> float | None:
-    """What guessing scores in percent; None where it depends on how often a class occurs."""
+def zero_shot_chance(metric: str, classes: int, targets: Tensor) -> float:
+    """What guessing scores in percent; targets: as of `Classified`, which decide where it depends
+    on how often a class occurs."""
+    if metric == "map11":
+        return random_map11(targets)
     top1 = 100 / classes
     top5 = 100 * min(5, classes) / classes
     known = {
@@ -333,7 +343,7 @@ def zero_shot_chance(metric: str, classes: int) -> float | None:
         "roc_auc": 50.0,
         "acc1_acc5": (top1 + top5) / 2,
     }
-    return known.get(metric)
+    return known[metric]
 
 
 def zero_shot_accuracy(

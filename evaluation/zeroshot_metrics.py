@@ -10,6 +10,8 @@ from evaluation.predict import percent
 
 KEPT = 5  # classes kept of an image where only the best matter
 NEEDS_SCORES = ("roc_auc", "map11")
+LEVELS = torch.arange(11, dtype=torch.float64) / 10  # of recall, where VOC 2007 takes precision
+DRAWN = 2**18  # ranks of random orders
 
 
 def mean_per_class(predicted: Tensor, targets: Tensor) -> float:
@@ -59,8 +61,7 @@ def average_precision(scores: Tensor, targets: Tensor) -> tuple[float, float]:
     if not (targets == 1).any():
         return float("nan"), float("nan")
     precision, recall = precision_recall(scores, targets)
-    levels = torch.arange(11, dtype=torch.float64) / 10
-    at_levels = precision[torch.searchsorted(recall, levels)]
+    at_levels = precision[torch.searchsorted(recall, LEVELS)]
     steps = recall.diff(prepend=recall.new_zeros(1))
     area = (precision * steps).sum()
     return percent(at_levels), percent(area)
@@ -86,6 +87,22 @@ def voc_map(scores: Tensor, targets: Tensor) -> tuple[float, float]:
         rows.append(average_precision(column, target))
     eleven_point, area = torch.tensor(rows, dtype=torch.float64).nanmean(0).tolist()
     return eleven_point, area
+
+
+def random_map11(targets: Tensor) -> float:
+    """11-point mean average precision of a random order, expected, in percent; targets [N,C] of 1,
+    0 and -1, which is left out. An estimate, the same on every machine: there is no closed form.
+    """
+    generator = torch.Generator().manual_seed(0)
+    expected = []
+    for target in targets.T[(targets.T == 1).any(1)]:
+        positives, total = int((target == 1).sum()), int((target >= 0).sum())
+        orders = torch.rand(max(1, DRAWN // total), total, generator=generator).argsort(1)
+        ranks = 1 + orders[:, :positives].sort(1).values  # of the positives
+        hits = torch.arange(1, positives + 1, dtype=torch.float64)
+        precision = (hits / ranks).flip(1).cummax(1).values.flip(1)
+        expected.append(percent(precision[:, torch.searchsorted(hits / positives, LEVELS)]))
+    return sum(expected) / len(expected) if expected else float("nan")
 
 
 def measure(metric: str, found: Tensor, targets: Tensor) -> dict[str, float]:

@@ -38,9 +38,11 @@ def test_chance_of_each_kind():
     labels = torch.tensor([0, 0, 0, 1])
     found = class_accuracy(torch.eye(2)[labels], labels, ["no", "yes"])
     assert found["chance"] == 75 and found["accuracy"] == 100
-    assert zero_shot_chance("acc1", 8) == 12.5 and zero_shot_chance("roc_auc", 2) == 50
-    assert zero_shot_chance("acc1_acc5", 4) == 62.5
-    assert zero_shot_chance("acc1_acc5", 10) == 30 and zero_shot_chance("map11", 20) is None
+    assert zero_shot_chance("acc1", 8, labels) == 12.5
+    assert zero_shot_chance("roc_auc", 2, labels) == 50
+    assert zero_shot_chance("acc1_acc5", 4, labels) == 62.5
+    assert zero_shot_chance("acc1_acc5", 10, labels) == 30
+    assert zero_shot_chance("map11", 2, torch.eye(2)[labels]) > 50
     # the two usual labels, "dog" and "cat", are right for the first image, half right elsewhere
     references = [["dog", "cat"], ["dog", "tree"], ["dog", "cat"]]
     guesses = [[("sun", 0.9), ("sky", 0.1)]] * 3

@@ -17,6 +17,7 @@ from evaluation.zeroshot_metrics import (
     mean_per_class,
     measure,
     precision_recall,
+    random_map11,
     ranked_precision,
     roc_auc,
     voc_map,
@@ -125,6 +126,19 @@ def test_perfect_and_worst_rankings():
     assert average_precision(torch.tensor([4.0, 3, 2, 1]), targets) == (100, 100)
     eleven, area = average_precision(torch.tensor([1.0, 2, 3, 4]), targets)
     assert eleven == pytest.approx(50) and area == pytest.approx(50)
+
+
+def test_chance_of_11_point_map_is_that_of_all_orders():
+    """Of classes that two and three of five images show, one without the image that is left out."""
+    targets = torch.tensor([[1, 1], [1, 0], [0, 1], [0, 1], [0, -1]])
+    means = []
+    for column in targets.T:
+        orders = itertools.permutations(range(5))
+        scores = [average_precision(torch.tensor(order).float(), column)[0] for order in orders]
+        means.append(sum(scores) / len(scores))
+    found = random_map11(torch.cat([targets, -torch.ones(5, 1)], 1))  # no image of a third class
+    assert found == pytest.approx(sum(means) / 2, abs=0.3)
+    assert found == random_map11(targets)
 
 
 @pytest.mark.parametrize("metric", ["acc1", "mean_per_class", "acc1_acc5"])

@@ -115,7 +115,7 @@ def training_data(config: Config, names: list[str], world: World, state) -> Stre
     view = ViTTrainView(config.network.image_size, config.views, exact=config.network.original)
     sources = []
     for number, data in enumerate(config.train_data):
-        labels = Labels(config.network.num_classes, config.targets, data)
+        labels = Labels(config.network.num_classes, config.targets, data, names)
         samples = config.samples[number] if config.samples else None
         sources.append(training_source(data, view, labels, names, config, samples))
     stream = Stream(sources, LabelCollate(), exif=config.exif)
@@ -128,7 +128,7 @@ def evaluation_data(config: Config, names: list[str]) -> Split | None:
         return None
     network = config.network
     view = ViTEvalView(network.image_size, config.views.resize_small, exact=network.original)
-    labels = Labels(network.num_classes, config.targets, config.val_data)
+    labels = Labels(network.num_classes, config.targets, config.val_data, names)
     return shared_split(config.val_data, view, labels, names, config)
 
 

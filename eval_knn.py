@@ -170,7 +170,7 @@ def view_of(encoder: ImageEncoder, about: dict) -> tuple[Callable[[Tensor], Tens
 
 def images_of(data: str, split: str, view: Callable, names: list[str], config: Config) -> Split:
     """The images of a data set with their labels. UserError where one has no class."""
-    labels = Labels(len(names) or config.num_classes, LabelOptions(), data)
+    labels = Labels(len(names) or config.num_classes, LabelOptions(), data, names)
     return shared_split(data, view, labels, names, config, split)
 
 
@@ -178,7 +178,8 @@ def bank_of(
     images: Split, data: str, encoder: ImageEncoder, in_words: str, config: Config, world: World
 ) -> Bank:
     """Features and labels of a data set, from the cache where they are there. in_words: the view."""
-    content = distributed.on_main(partial(identity, images.records, data, config.data_root))
+    of_data = partial(identity, images.records, data, config.data_root, images.classes)
+    content = distributed.on_main(of_data)
     how = (config.precision, config.batch_size, config.exif, world.device.type)
     key = pixels_digest(fingerprint(encoder), in_words, encoder.pixels, content, *how)
     own = [i for unit in units(len(images), config.batch_size, world) for i in unit]

@@ -4,7 +4,8 @@ What a data string names is recognised by its form:
 
     imagenet/train                       a folder with one sub-folder of images a class, labels by alphabet
     imagenet/val                         or a flat one with a list of labels (dataset.sources.flat_folder)
-    labels.jsonl                         COYO-Labeled-300M's {url or image, labels, label_probs}, or {image, label}
+    labels.jsonl                         COYO-Labeled-300M's {url or image, labels, label_probs}, or {image, label};
+                                         each label a class's number, or its name where these are known
     shards/{00000..00099}.tar, s3://...  WebDataset or TFRecord; labels in .json, .cls, or features
     of these names torchvision/CIFAR10:test             a data set of torchvision by its class name, and a split
 
@@ -32,7 +33,7 @@ from base.errors import BadSample, UserError, brief, no_such_class
 from base.knobs import knob
 from base.names import SHARD_ENDING, did_you_mean
 from base.reading import read_json, read_lines
-from base.text import as_list, composed, whole_number
+from base.text import as_list, composed, lenient_text, whole_number
 from dataset.images.decode import check_image_root
 from dataset.images.formats import files_below, is_image
 from dataset.loading.filtered import Filtered
@@ -77,13 +78,17 @@ class Labels:
     """The labels of a record: ids below `classes` and their weights.
 
     Reads `labels` (ids, with `label_probs` beside), `label` (one id), WebDataset's `cls`, from the
-    record itself, from the features of a TFRecord example or from the `json` member of a tar.
+    record itself, from the features of a TFRecord example or from the `json` member of a tar. names:
+    of the classes, by which labels that are no numbers are found.
     """
 
-    def __init__(self, classes: int, options: LabelOptions, source: str):
+    def __init__(self, classes: int, options: LabelOptions, source: str, names: Sequence[str] = ()):
         self.classes = classes
         self.options = options
         self.source = source
+        self.places: dict[str, int | None] = {}  # None: the name of several classes
+        for place, name in enumerate(map(_class_key, names)):
+            self.places[name] = None if name in self.places else place
 
     def __call__(self, record: dict) -> tuple[list[int], list[float]]:
         """Ids without repetition and weights, both empty where the threshold left none out of
@@ -129,17 +134,38 @@ class Labels:
         return [float(p) for p in given]
 
     def _ids(self, value: object, record: dict) -> list[int]:
-        """The class numbers that a label field holds: whole numbers, or such a number as text."""
-        ids = [whole_number(each) for each in as_list(value)]
-        if None in ids:
-            raise UserError(f"{self._name(record)}: label {brief(value)} is no class number")
+        """The class numbers that a label field holds: whole numbers, such a number as text, or the
+        names of classes."""
+        ids = []
+        for label in as_list(value):
+            number = whole_number(label)
+            ids.append(self._place(label, record) if number is None else number)
         for label in ids:
             if not 0 <= label < self.classes:
                 raise no_such_class(self._name(record), label, self.classes)
         return ids
 
+    def _place(self, label: object, record: dict) -> int:
+        """The number of the class that a label names."""
+        name = _class_key(lenient_text(label) if isinstance(label, bytes) else str(label))
+        place = self.places.get(name)
+        if place is not None:
+            return place
+        wrong = f"{self._name(record)}: label {brief(label)} is no class number"
+        if name in self.places:
+            raise UserError(f"{wrong}, and the name of several classes; give the number")
+        if self.places:
+            hint = did_you_mean(name, self.places) or "; give the right --classes, or fix the label"
+            raise UserError(f"{wrong}, and no name of a class{hint}")
+        raise UserError(f"{wrong}; name the classes by --classes FILE, one a line")
+
     def _name(self, record: dict) -> str:
         return str(record.get("key") or f"{self.source}, entry {record.get('index', '?')}")
+
+
+def _class_key(name: str) -> str:
+    """What a class is known by: its WordNet id, or its name as Unicode composes it."""
+    return composed(folder_of(name.strip()))
 
 
 # ---- collections
@@ -176,7 +202,7 @@ class FolderRecords(Sequence):
 
 def _labels_of(root: Path, folders: Sequence[str], classes: Sequence[str]) -> Tensor:
     """The class of each folder, int64: its place among `classes`, where these are named."""
-    names = [composed(folder_of(name)) for name in classes or folders]
+    names = [_class_key(name) for name in classes or folders]
     place = {name: number for number, name in enumerate(names)}
     folders = [composed(name) for name in folders]
     counts = Counter(names)
@@ -375,6 +401,7 @@ class Split:
         if isinstance(records, Records):
             records.complete()
         self.records = records
+        self.classes = classes
         self.build = LabelledImage(view, labels, root)
 
     def __len__(self) -> int:
@@ -398,10 +425,12 @@ class Split:
         return [str(record.get("image") or record.get("url")) for record in self.records]
 
 
-def identity(records: Sequence, data: str, root: str | Path = ".") -> str:
+def identity(
+    records: Sequence, data: str, root: str | Path = ".", classes: Sequence[str] = ()
+) -> str:
     """A digest that changes with the images and labels of a data string, without reading images:
     names, labels, sizes and times of change of all files, and the members of shards that `data`
-    names. root: folder that a list's paths start from."""
+    names. root: folder that a list's paths start from; classes: names that its labels may have."""
     if isinstance(records, FolderRecords):
         names = records.files.tobytes(), records.labels.numpy().tobytes()
         return digest(
@@ -412,9 +441,10 @@ def identity(records: Sequence, data: str, root: str | Path = ".") -> str:
     if isinstance(records, Records):
         images = (record.get("image") or record.get("url") for record in records)
         paths = (Path(root) / image for image in images if isinstance(image, str))
-        return digest(data, address_state(data), len(records), states_digest(paths))
+        return digest(data, address_state(data), len(records), states_digest(paths), *classes)
     named = {columns for _, columns in map(split_columns, records.names) if columns}
-    return digest([file_state(file) for file in records.files], len(records), *sorted(named))
+    shards = [file_state(file) for file in records.files]
+    return digest(shards, len(records), *sorted(named), *classes)
 
 
 def class_names(

@@ -50,8 +50,8 @@ def options(root: Path) -> SimpleNamespace:
     return SimpleNamespace(data_root=root, download=False, shuffle_buffer=10)
 
 
-def labels(classes=10, **options) -> Labels:
-    return Labels(classes, LabelOptions(**options), "list")
+def labels(classes=10, names=(), **options) -> Labels:
+    return Labels(classes, LabelOptions(**options), "list", names)
 
 
 def jpeg(value=100, size=(12, 10)) -> bytes:
@@ -72,6 +72,36 @@ RECORDS = {
 def test_labels_of_every_kind_of_record(kind):
     record, expected = RECORDS[kind]
     assert labels()(record) == (expected, [1.0] * len(expected))
+
+
+NAMES = ["cat", "caf\u00e9", "n01440764 tench, Tinca tinca", "crane", "7", "crane"]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"labels": ["cafe\u0301", "cat", "cat"]}, [1, 0]),  # as macOS spells it
+        ({"label": "n01440764"}, [2]),
+        ({"cls": b"cat\n"}, [0]),
+        ({"labels": ["cat", 2, "3"]}, [0, 2, 3]),  # numbers stay numbers
+    ],
+)
+def test_labels_by_the_names_of_the_classes(record, expected):
+    assert labels(6, NAMES)(record)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("label", "names", "words"),
+    [
+        ("crane", NAMES, "the name of several classes"),
+        ("catt", NAMES, "did you mean cat"),
+        ("cat", (), "--classes FILE"),
+        ("7", NAMES, "label 7 is outside"),
+    ],
+)
+def test_labels_that_name_no_class(label, names, words):
+    with pytest.raises(UserError, match=words):
+        labels(6, names)({"label": label})
 
 
 def test_threshold_number_and_soft_labels():
@@ -413,6 +443,21 @@ def test_the_key_of_a_list_changes_with_its_images_and_their_folder(tmp_path):
     assert key("one") == first != key("two")
     (tmp_path / "one/a.jpg").write_bytes(jpeg(200))
     assert key("one") != first
+
+
+def test_the_key_of_a_list_changes_with_the_order_of_the_names(tmp_path):
+    """For the numbers of labels that are names change with it."""
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    file = tmp_path / "list.jsonl"
+    file.write_text(json.dumps({"image": "a.jpg", "label": "cat"}) + "\n")
+    found = []
+    for names in (["cat", "dog"], ["dog", "cat"]):
+        which = Labels(2, LabelOptions(), "list", names)
+        split = Split(str(file), tmp_path, VIEW, which, names)
+        key = identity(split.records, str(file), tmp_path, split.classes)
+        found.append((split.load(0)["labels"], key))
+    assert [place for place, _ in found] == [[0], [1]]
+    assert found[0][1] != found[1][1]
 
 
 def test_the_key_of_shards_changes_with_the_members_that_their_address_names(tmp_path):

@@ -30,15 +30,14 @@ from dataset.tasks.vqa import (
     QuestionAnswers,
     QuestionSet,
     VqaCollate,
-    check_answer_list,
     encode_answers,
     read_answer_list,
 )
 from dataset.text.wordpiece import TextCollate, Tokenizer
+from evaluation import vqa
 from evaluation.predict import over_split
 from evaluation.report.results import write_results
 from evaluation.report.vqa import answer_report
-from evaluation.vqa import likeliest_answers, prior_accuracy, save_answers, vqa_accuracy
 from models.fusion.config import networks
 from models.fusion.momentum import MomentumPairs
 from models.fusion.vqa import Vqa, VqaConfig
@@ -186,10 +185,10 @@ def accuracy(data: QuestionSet, answers: list[str], best: Tensor, config: Config
     """Official VQA accuracy in percent; {} if the truth is unknown. best: int64 [Q,5]."""
     if not data.truth:
         return {}
-    found = likeliest_answers(data.ids, answers, best)
+    found = vqa.likeliest_answers(data.ids, answers, best)
     one_sided = config.compat == "original"
-    scores = vqa_accuracy(found, data.truth, one_sided)
-    return scores | {"chance": prior_accuracy(data.truth, one_sided)["overall"]}
+    scores = vqa.vqa_accuracy(found, data.truth, one_sided)
+    return scores | {"chance": vqa.prior_accuracy(data.truth, one_sided)["overall"]}
 
 
 def train(model: Vqa, val: QuestionSet | None, answers, tokenizer, config, start: Start) -> Path:
@@ -223,8 +222,9 @@ def main(config: Config) -> None:
     tokenizer = Tokenizer(config.text_encoder)
     model = build_model(config, tokenizer, start.weights)
     start_task(model, start.weights, "vqa", config.checkpoint)
+    one_sided = config.compat == "original"
     for split, data in splits.items():
-        check_answer_list(config.answer_list, answers, data, split)
+        vqa.check_answer_list(config.answer_list, answers, data.truth, split, one_sided)
     if not config.evaluate:
         config.checkpoint = train(model, splits.get("val"), answers, tokenizer, config, start)
         model = Vqa(model.config)
@@ -238,9 +238,9 @@ def main(config: Config) -> None:
         metrics[split] = scores | damages
         if start.world.is_main:
             file = config.output_dir / f"result/vqa_result_{split}.json"
-            save_answers(file, likeliest_answers(data.ids, answers, best))
+            vqa.save_answers(file, vqa.likeliest_answers(data.ids, answers, best))
             cards = answer_report(
-                split, data, answers, best, probability, metrics[split], config.compat == "original"
+                split, data, answers, best, probability, metrics[split], one_sided
             )
             sections = cards + sections
     write_results(config, "Visual question answering", metrics, sections)

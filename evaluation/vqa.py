@@ -9,6 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from base.distributed import say
+from base.errors import UserError
 from base.writing import write_json
 
 FEW = 4  # answers: with fewer, leaving one out leaves less than the three equal ones that count 1
@@ -72,16 +74,55 @@ def answer_score(prediction: str, answers: Sequence[str], one_sided: bool = Fals
     the prediction alone. VQA's own annotations are in that form already; where annotations say "two"
     or "the dog", no prediction could ever be right.
     """
-    if not one_sided:
-        answers = [normalise(answer) for answer in answers]
-    elif len(set(answers)) > 1:
-        answers = [without_punctuation(answer) for answer in answers]
+    answers = _comparable(answers, one_sided)
     found = normalise(prediction)
     if len(answers) < FEW and not one_sided:
         return float(found in answers)
     same = Counter(answers)
     others = [same[found] - (answer == found) for answer in answers]
     return sum(min(1.0, n / 3) for n in others) / len(others)
+
+
+def _comparable(answers: Sequence[str], one_sided: bool) -> list[str]:
+    """The annotators' answers to a question in the forms that a prediction's is looked for among."""
+    if not one_sided:
+        return [normalise(answer) for answer in answers]
+    if len(set(answers)) > 1:
+        return [without_punctuation(answer) for answer in answers]
+    return list(answers)
+
+
+def unreachable(
+    truth: Mapping[str | int, dict], answers: Sequence[str], one_sided: bool = False
+) -> list[str]:
+    """Most frequent answers to the questions that none of the closed list counts as, each once."""
+    listed = {normalise(answer) for answer in answers}
+    lacking = {}
+    for annotation in truth.values():
+        forms = _comparable(annotation["answers"], one_sided)
+        wanted = Counter(forms).most_common(1)[0][0]
+        if wanted not in listed:
+            lacking.setdefault(wanted, annotation["answers"][forms.index(wanted)])
+    return list(lacking.values())
+
+
+def check_answer_list(
+    file: Path,
+    answers: Sequence[str],
+    truth: Mapping[str | int, dict],
+    split: str,
+    one_sided: bool = False,
+) -> None:
+    """Report which true answers of a split the closed list lacks, as they are scored; UserError if it
+    has none of them. truth, one_sided: see `vqa_accuracy`."""
+    lacking = unreachable(truth, answers, one_sided)
+    if not lacking:
+        return
+    given = (_comparable(annotation["answers"], one_sided) for annotation in truth.values())
+    if set().union(*given).isdisjoint(map(normalise, answers)):
+        known = f"holds no answer to any question of {split}_file"
+        raise UserError(f"answer_list {file}: {known}; is it the list of another data set?")
+    say(f"answer_list {file}: lacks {len(lacking)} answers of {split}_file, e.g. {lacking[:5]}")
 
 
 def vqa_accuracy(
@@ -118,7 +159,9 @@ def prior_accuracy(truth: Mapping[str | int, dict], one_sided: bool = False) -> 
     where no types are known, of all answers."""
     votes: dict[str, Counter] = defaultdict(Counter)
     for annotation in truth.values():
-        votes[annotation.get("question_type", "")].update(annotation["answers"])
+        votes[annotation.get("question_type", "")].update(
+            _comparable(annotation["answers"], one_sided)
+        )
     best = {kind: counts.most_common(1)[0][0] for kind, counts in votes.items()}
     given = {q: best[annotation.get("question_type", "")] for q, annotation in truth.items()}
     return vqa_accuracy(given, truth, one_sided)

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch.utils.data import default_collate
 
-from base.distributed import say
 from base.errors import BadSample, UserError, brief
 from base.reading import read_json
 from base.text import as_list, id_text, is_blank
@@ -218,25 +217,6 @@ class QuestionSet:
             "image": self.transform(decode_image(self.images[index])),
             "text": self.questions[index],
         }
-
-
-def unreachable(data: QuestionSet, answers: Sequence[str]) -> list[str]:
-    """Most frequent answers of the split's questions that the closed list lacks, each once."""
-    listed = set(answers)
-    wanted = (Counter(person["answers"]).most_common(1)[0][0] for person in data.truth.values())
-    return list(dict.fromkeys(answer for answer in wanted if answer not in listed))
-
-
-def check_answer_list(file: Path, answers: Sequence[str], data: QuestionSet, split: str) -> None:
-    """Report which true answers of a split the closed list lacks; UserError if it has none of them."""
-    lacking = unreachable(data, answers)
-    if not lacking:
-        return
-    given = {answer for person in data.truth.values() for answer in person["answers"]}
-    if given.isdisjoint(answers):
-        known = f"holds no answer to any question of {split}_file"
-        raise UserError(f"answer_list {file}: {known}; is it the list of another data set?")
-    say(f"answer_list {file}: lacks {len(lacking)} answers of {split}_file, e.g. {lacking[:5]}")
 
 
 def read_official_answers(path: str | Path) -> dict[str, dict]:

@@ -19,7 +19,6 @@ from dataset.tasks.vqa import (
     encode_answers,
     read_answer_list,
     read_official_answers,
-    unreachable,
 )
 from dataset.text.wordpiece import TextCollate, Tokenizer
 from evaluation.vqa import save_answers
@@ -138,7 +137,6 @@ def test_question_set(folder):
     assert data.load(1)["text"] == "what colour" and data.load(1)["image"].shape == (3, 16, 16)
     mixed = QuestionSet(questions(answer=["red", 2, None])[1:], roots(folder), TestTransform(16))
     assert [known["answers"] for known in mixed.truth.values()] == [["red", "2"]]  # as in training
-    assert unreachable(data, ["blue"]) == ["red"] and unreachable(data, ["red"]) == []
 
 
 @pytest.mark.parametrize(

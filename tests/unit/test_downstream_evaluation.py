@@ -7,13 +7,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from base.errors import UserError
 from dataset.images.decode import reading
 from dataset.tasks.grounding import Target
 from evaluation.accuracy import class_accuracy, confusion_table
 from evaluation.grounding import Pointing, box_scores, enlarge, grounding_accuracy, iou, point
 from evaluation.report.examples import answer_case, box_case, gallery
 from evaluation.report.vqa import answer_report
-from evaluation.vqa import answer_score, normalise, prior_accuracy, save_answers, vqa_accuracy
+from evaluation.vqa import (
+    answer_score,
+    check_answer_list,
+    normalise,
+    prior_accuracy,
+    save_answers,
+    unreachable,
+    vqa_accuracy,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +62,26 @@ def test_accuracy_by_type_and_what_the_most_frequent_answer_scores():
     found = vqa_accuracy({1: "yes", 2: "yes", 3: "no", 4: "red"}, truth)
     assert found == {"overall": 50.0, "question_type": {"is": 33.33, "what": 100.0}}
     assert prior_accuracy(truth)["overall"] == 75.0
+    spelt = {1: {"answers": ["Two"] * 3}, 2: {"answers": ["2"] * 3}, 3: {"answers": ["no"] * 4}}
+    assert prior_accuracy(spelt)["overall"] == 66.67  # always "2", which is what most people say
+
+
+def test_an_answer_list_is_judged_as_answers_are_scored(tmp_path, capsys):
+    truth = {1: {"answers": ["Two dogs"] * 6 + ["cats"] * 4}, 2: {"answers": ["a dog", "the dog"]}}
+    for listed in (["2 dogs", "dog"], ["two dogs", "The dog"], ["Two dogs", "a dog"]):
+        assert unreachable(truth, listed) == []
+        check_answer_list(tmp_path, listed, truth, "val")
+    assert capsys.readouterr().out == ""
+    assert unreachable(truth, ["dog", "cats"]) == ["Two dogs"]
+    assert unreachable(truth, ["2 dogs"]) == ["a dog"]  # each of two, once its article is gone
+    # the original normalises the prediction alone: no prediction is "Two dogs" or "a dog"
+    assert unreachable(truth, ["two dogs", "a dog"], one_sided=True) == ["Two dogs", "a dog"]
+    for annotation in truth.values():
+        assert answer_score("dog", annotation["answers"], one_sided=True) == 0
+    check_answer_list(tmp_path, ["cats"], truth, "val", one_sided=True)
+    assert "lacks 2 answers of val_file" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no answer to any question of val_file"):
+        check_answer_list(tmp_path, ["dog"], truth, "val", one_sided=True)
 
 
 class Questions(SimpleNamespace):

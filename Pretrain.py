@@ -169,9 +169,8 @@ def training_data(
     codes = None
     if config.code_cache:
         images = PretrainPair(image_transform(config, token_side), config.image_root)
-        write_codes(
-            config.code_cache, records, images, image_tokenizer, workers=config.workers, world=world
-        )
+        how = {"workers": config.workers, "world": world, "exif": config.exif}
+        write_codes(config.code_cache, records, images, image_tokenizer, **how)
         codes = CodeCache(config.code_cache, len(records))
         token_side = None
     pair = PretrainPair(

@@ -142,6 +142,7 @@ def write_codes(
     batch_size: int = 64,
     workers: int = 0,
     world: World = ALONE,
+    exif: bool = False,
 ) -> None:
     """Compute the visual codes of all records once and store them for `CodeCache`; a complete file
     is kept as it is.
@@ -150,7 +151,7 @@ def write_codes(
     time limit: a collective. What an interrupted run has computed is kept and not computed again.
     build makes samples with `token_image`; image_tokenizer maps uint8 [B,3,h,w] to codes
     [B,h/r,w/r]. An unreadable image gets the codes of a grey one: it is never used, because reading
-    it fails in training, too. The file ends with a key of what it was made of; another key means
+    it fails in training, too. exif: images are turned as in the training. The file ends with a key of what it was made of; another key means
     other annotations, images, sizes or weights: then it is made again.
     """
     path = Path(path)
@@ -158,7 +159,7 @@ def write_codes(
         raise UserError(
             "code_cache needs train_file: shards have no fixed numbering of their samples"
         )
-    make_key = partial(_key_to_make, path, records, build, image_tokenizer)
+    make_key = partial(_key_to_make, path, records, build, image_tokenizer, exif)
     key = distributed.on_main(make_key, patient=True)
     if key is None:
         return
@@ -166,16 +167,18 @@ def write_codes(
     grey = _grey(build.transform.token_resolution).to(world.device)[None]
     width = image_tokenizer.codes(grey).flatten(1).shape[1]
     distributed.on_main(partial(table.create, width), share=False)
-    _fill_codes(table, records, build, image_tokenizer, workers, world)
+    _fill_codes(table, _TokenImage(records, build, exif), image_tokenizer, workers, world)
     distributed.wait_for_all()
     distributed.on_main(table.finish, share=False)
 
 
-def _key_to_make(path: Path, records, build: PretrainPair, image_tokenizer) -> str | None:
+def _key_to_make(
+    path: Path, records, build: PretrainPair, image_tokenizer, exif: bool
+) -> str | None:
     """The key of the codes to compute; None where the file is there already."""
     if path.exists() and not path.is_file():
         raise UserError(f"code_cache {path}: not a regular file; name another")
-    key = codes_key(records, build, image_tokenizer)
+    key = codes_key(records, build, image_tokenizer, exif)
     if path.exists():
         stored = stored_key(path)
         if stored == key:
@@ -189,8 +192,9 @@ def _key_to_make(path: Path, records, build: PretrainPair, image_tokenizer) -> s
     return key
 
 
-def codes_key(records, build: PretrainPair, image_tokenizer) -> str:
-    """What visual codes depend on: the list and its order, images, sizes and the tokenizer.
+def codes_key(records, build: PretrainPair, image_tokenizer, exif: bool = False) -> str:
+    """What visual codes depend on: the list and its order, images, how they are turned, sizes and
+    the tokenizer.
 
     The images are looked at by size and time of change, at most SAMPLED of them, evenly spread.
     """
@@ -200,7 +204,9 @@ def codes_key(records, build: PretrainPair, image_tokenizer) -> str:
     states = [state and state[1:3] for state in map(image_state, named)]
     listed = records.content() if isinstance(records, Records) else repr(list(records))
     sizes = (build.transform.resolution, build.transform.token_resolution)
-    return pixels_digest(listed, states, sizes, weights_digest(image_tokenizer.state_dict()))
+    turned = ["exif"] if exif else []  # images as they are stored have the key of earlier versions
+    weights = weights_digest(image_tokenizer.state_dict())
+    return pixels_digest(listed, states, sizes, weights, *turned)
 
 
 def stored_key(path: Path) -> str | None:
@@ -259,17 +265,16 @@ class _CodeTable:
 
 
 def _fill_codes(
-    table: _CodeTable, records, build, image_tokenizer, workers: int, world: World
+    table: _CodeTable, inputs: "_TokenImage", image_tokenizer, workers: int, world: World
 ) -> None:
     """Compute the batches of this process that are not done yet."""
     codes = map_array(table.partial, "remove it", "r+")
     done = np.memmap(table.done, np.uint8, mode="r+")
     own = [batch for batch in range(world.rank, table.batches, world.size) if not done[batch]]
     size = table.batch_size
-    rows = [range(batch * size, min((batch + 1) * size, len(records))) for batch in own]
+    rows = [range(batch * size, min((batch + 1) * size, table.records)) for batch in own]
     wanted = [row for part in rows for row in part]
-    load = _TokenImage(records, build).load
-    images = EvalLoader(load, wanted, batch_size=size, collate=torch.stack, workers=workers)
+    images = EvalLoader(inputs.load, wanted, batch_size=size, collate=torch.stack, workers=workers)
     unsaved = []
     bar = progress_bar(images, desc="visual codes", unit="batch", disable=not world.is_main)
     for batch, part, image in zip(own, rows, bar, strict=True):
@@ -286,14 +291,15 @@ def _fill_codes(
 class _TokenImage:
     """The image tokenizer's input of one record, uint8 [3,h,w]; grey where it is unreadable."""
 
-    def __init__(self, records, build: PretrainPair):
+    def __init__(self, records, build: PretrainPair, exif: bool):
         self.records = records
         self.build = build
+        self.exif = exif
 
     def load(self, index: int) -> torch.Tensor:
         transform = self.build.transform
         try:
-            with reading():
+            with reading(self.exif):
                 return transform(image_of(self.records[index], self.build.image_root))[1]
         except BadSample:
             return _grey(transform.token_resolution)

@@ -161,14 +161,29 @@ class MeanTokenizer(torch.nn.Module):
         return (means * self.weight).long()
 
 
-def codes_of(folder, entries, tokenizer=None, side=32) -> np.ndarray:
+def codes_of(folder, entries, tokenizer=None, side=32, exif=False) -> np.ndarray:
     """Codes by `write_codes` of a list in a cache that each call shares."""
     (folder / "list.json").write_text(json.dumps(entries))
     records = Records(folder / "list.json")
     build = PretrainPair(PretrainTransform(64, side, fixed_geometry=True), folder)
     path = folder / "cache.npy"
-    write_codes(path, records, build, tokenizer or MeanTokenizer(), batch_size=5)
+    write_codes(path, records, build, tokenizer or MeanTokenizer(), batch_size=5, exif=exif)
     return CodeCache(path, len(records)).codes.copy()
+
+
+def test_codes_are_of_the_image_as_the_training_turns_it(tmp_path):
+    """Else the labels of patches would be those of the image on its side."""
+    half = np.zeros((64, 64, 3), np.uint8)
+    half[:32] = 200
+    tags = Image.Exif()
+    tags[0x0112] = 6  # a quarter turn clockwise
+    Image.fromarray(half).save(tmp_path / "a.png", exif=tags)
+    stored, turned, again = (
+        codes_of(tmp_path, [{"image": "a.png", "caption": "x"}], exif=exif).reshape(16, 16)
+        for exif in (False, True, False)
+    )
+    assert (stored == again).all() and (turned == np.rot90(stored, -1)).all()
+    assert stored[0].mean() > 150 > stored[-1].mean()
 
 
 def test_the_table_of_codes_has_its_disk_space_before_it_is_filled(tmp_path):

@@ -81,6 +81,7 @@ class Config(RocketRunConfig, CaptionOptions, TargetOptions):
 
     def check(self) -> None:
         """Check that the options are compatible."""
+        super().check()
         name = self.network.model
         parts_of(name)  # UserError for an unknown one
         taught = name.endswith(("_SIAMLIP", "_SWALIPV1")) and self.parallel == "ddp"
@@ -90,8 +91,6 @@ class Config(RocketRunConfig, CaptionOptions, TargetOptions):
             raise UserError("--separate-proj projects local views: set --num-augs to at least 1")
         if self.val_folder and name.startswith("SIMCLR"):
             raise UserError("SIMCLR has no text encoder to validate with: leave out --val-folder")
-        if self.evaluate and not (self.checkpoint and self.val_folder):
-            raise UserError("--evaluate needs --checkpoint and --val-folder")
 
     @property
     def local_views(self) -> tuple[int, int]:

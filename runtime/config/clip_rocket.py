@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from base import distributed
+from base.errors import UserError
 from runtime.config.cli import knob, restated, section
 from runtime.config.old_names import CLIP_ROCKET, FLAGS_OF_MAIN
 from runtime.optim.build import Optimizer
@@ -43,7 +44,7 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
         choices=("image", "text"),
         rare=True,
     )
-    batch_size: int = knob(64, "pairs per process and micro-batch", low=2)
+    batch_size: int = knob(64, "pairs per process and micro-batch", low=1)
     optimizer: Optimizer = section(
         Optimizer, flat=True, lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98)
     )
@@ -65,6 +66,13 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
     )
     eval_every: str = restated(ValidationConfig, "eval_every", "1 epochs", aliases=("eval_freq",))
     evaluate: bool = knob(False, "no training: validate --checkpoint")
+
+    def check(self) -> None:
+        """Check that the options are compatible."""
+        if self.evaluate and not (self.checkpoint and self.val_folder):
+            raise UserError("--evaluate needs --checkpoint and --val-folder")
+        if not self.evaluate and self.batch_size < 2:
+            raise UserError("--batch-size 1: a pair alone has no contrast; train with 2 or more")
 
     @property
     def scheduler(self) -> Schedule:

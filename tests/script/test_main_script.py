@@ -200,9 +200,9 @@ def test_evaluate_scores_a_run(digitscenes, tmp_path, capsys):
     expected = {k.removeprefix("val_"): v for k, v in trained.items() if k.startswith("val_")}
     newest = CheckpointFolder(tmp_path / "run").numbered()[0]
     assert is_sharded(newest) and expected["chance"] == 10
-    for checkpoint in (tmp_path / "run/model.safetensors", newest):
+    for checkpoint, size in ((tmp_path / "run/model.safetensors", 16), (newest, 1)):
         capsys.readouterr()
-        flags = ["--evaluate", "--checkpoint", checkpoint]
+        flags = ["--evaluate", "--checkpoint", checkpoint, "--batch-size", size]
         run_main(arguments(digitscenes, tmp_path / "other", *flags))
         assert json.loads(capsys.readouterr().out) == expected
 
@@ -246,6 +246,7 @@ MISTAKES = {
     "class folders missing": ({"val_folder": "no/folder"}, "no/folder"),
     "labels of another data set": ({"val_dataset": "mnist"}, "mnist"),
     "batch larger than the data": ({"batch_size": 500}, "500"),
+    "a pair alone": ({"batch_size": 1}, "train with 2 or more"),
     "fp16 on the CPU": ({"precision": "fp16"}, "bf16"),
     "wrong weights": (
         {"text_augment": "true", "random_swap_prob": -1},

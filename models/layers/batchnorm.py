@@ -181,12 +181,18 @@ class GhostBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,H,W] -> the same shape; B is a multiple of the virtual batch (see
-        virtual_batches)."""
+        virtual_batches). UserError where a group has one value of a channel: it has no variance."""
         if not self.training:
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
         groups = 1 if self.virtual_batch == 0 else len(x) // self.virtual_batch
+        count = x.numel() // (groups * len(self.weight))  # values of a channel in a group
+        if count == 1:
+            raise UserError(
+                "a virtual batch of one image whose map is 1 x 1 has no variance: make "
+                "virtual_batch_size or batch_size 2 or more, or image_size larger"
+            )
         if groups > 1 and torch.compiler.is_compiling():
             y, mean, variance = self._normalise_groups(x.unflatten(0, (groups, -1)))
         else:
@@ -198,7 +204,7 @@ class GhostBatchNorm(nn.Module):
                     x, mean[0], variance[0], self.weight, self.bias, True, 1.0, self.eps
                 )
         if torch.is_grad_enabled():  # a cached contrastive step runs once without and once with
-            self._follow(mean, variance, x.numel() // (groups * len(self.weight)))
+            self._follow(mean, variance, count)
         return y
 
     def _normalise_groups(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from base.errors import UserError
 from models.layers.batchnorm import GhostBatchNorm
 
 
@@ -82,3 +83,14 @@ def test_the_compiler_gets_one_norm_for_all_groups():
     torch.compile(norm, backend=keep, fullgraph=True)(x)
     assert captured.count(torch.var_mean) == 1
     assert not {torch.cat, torch.batch_norm, torch.nn.functional.batch_norm} & set(captured)
+
+
+@pytest.mark.parametrize(("virtual_batch", "rows"), [(1, 4), (0, 1)])
+def test_one_value_of_a_channel_has_no_variance(virtual_batch, rows):
+    """As torch's norms, which refuse it; the running variance is not NaN."""
+    norm = GhostBatchNorm(5, virtual_batch).train()
+    with pytest.raises(UserError, match="virtual_batch_size or batch_size 2 or more"):
+        norm(torch.randn(rows, 5, 1, 1))
+    assert norm.eval()(torch.randn(rows, 5, 1, 1)).isfinite().all()
+    norm.train()(torch.randn(rows, 5, 2, 1))
+    assert norm.running_var.isfinite().all() and norm.num_batches_tracked == 1

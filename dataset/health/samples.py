@@ -24,7 +24,7 @@ FLAT = 2.0  # levels of 255 between an image's darkest and lightest pixel
 HASHED = 8  # side of the grid that the difference hash is made of
 THUMBNAIL = 24  # side of what near duplicates are compared by
 TEXT_FIELDS = ("caption", "question", "sentence", "text")
-ID_FIELDS = ("question_id", "ref_id")
+ID_FIELDS = ("question_id",)  # not ref_id: a box has several expressions
 # Problems after which a sample cannot be trained on; the others are remarks.
 FATAL = frozenset(
     {"missing", "unreadable", "no caption", "no text", "no image", "no box", "damaged shard"}

@@ -403,7 +403,7 @@ def test_what_can_be_fixed_in_a_list_is_fixed_and_the_rest_left_out(tmp_path, ca
         {"image": "4.jpg", "text": "left", "ref_id": 1, "bbox": [-10, 20, 30, 60]},
         {"image": "5.jpg", "text": "right", "ref_id": 2, "bbox": [100, 0, 5, 5]},
         {"image": "6.jpg", "caption": "two", "boxes": [[90, 0, 10, 10, 0.5], [0, 0, 5, 5, 0.75]]},
-        {"image": "7.jpg", "caption": "sound"},
+        {"image": "4.jpg", "text": "the second expression of a box", "ref_id": 1},
     ]
     (tmp_path / "a.json").write_text(json.dumps(entries))
     config = {"data": [str(tmp_path / "a.json")], "image_root": tmp_path, "fix": tmp_path / "out"}

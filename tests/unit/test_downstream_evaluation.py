@@ -63,7 +63,7 @@ def test_accuracy_by_type_and_what_the_most_frequent_answer_scores():
     assert found == {"overall": 50.0, "question_type": {"is": 33.33, "what": 100.0}}
     assert prior_accuracy(truth)["overall"] == 75.0
     spelt = {1: {"answers": ["Two"] * 3}, 2: {"answers": ["2"] * 3}, 3: {"answers": ["no"] * 4}}
-    assert prior_accuracy(spelt)["overall"] == 66.67  # always "2", which is what most people say
+    assert prior_accuracy(spelt)["overall"] == 66.67  # always "2", the most frequent answer
 
 
 def test_an_answer_list_is_judged_as_answers_are_scored(tmp_path, capsys):

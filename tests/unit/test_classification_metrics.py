@@ -57,6 +57,13 @@ def test_multi_label_metrics(block, monkeypatch):
     assert found["bce"] == pytest.approx(bce.item())
 
 
+def test_area_under_the_curve_of_scores_that_are_apart():
+    """One positive above, below, and between two negatives; one negative below two positives."""
+    logits = torch.tensor([[3.0, -3, 0, 3], [1, 1, 1, 2], [-1, -1, -1, 0]])
+    targets = torch.tensor([[True] * 4, [False, False, False, True], [False] * 4])
+    assert classification.roc_area(logits, targets).tolist() == pytest.approx([1, 0, 0.5, 1])
+
+
 def test_chance_is_the_map_of_a_random_order():
     """Of all orders of five images, which one, two and all five of them show."""
     lists = [[0, 1, 2], [1, 2], [2], [2], [2]]

@@ -175,6 +175,11 @@ def test_iou_is_symmetric_and_at_most_one(a, b):
     assert iou(a, b) == iou(b, a) and 0 < iou(a, b) < 1 == iou(a, a)
 
 
+def test_an_overlap_of_one_row_of_pixels_is_none():
+    assert iou([0, 0, 10, 10], [9, 0, 10, 10]) == iou([0, 0, 10, 10], [0, 9, 10, 10]) == 0
+    assert iou([0, 0, 10, 10], [8, 0, 10, 10]) == pytest.approx(20 / 180)
+
+
 def test_splits_are_counted_apart():
     results = [
         point(torch.ones(2, 2), [[0, 0, 4, 4]], box, 4, 4)
@@ -190,11 +195,11 @@ def test_splits_are_counted_apart():
 
 def test_classification():
     logits = torch.tensor([[2.0, 0, 0], [0, 2, 0], [0, 2, 0], [0, 0, 2]])
-    found = class_accuracy(logits, torch.tensor([0, 0, 1, 1]), ("a", "b", "c"))
+    found = class_accuracy(logits, torch.tensor([0, 1, 1, 1]), ("a", "b", "c"))
     assert found == {
-        "accuracy": 50.0,
-        "chance": 50.0,
-        "by_class": {"a": 50.0, "b": 50.0},
+        "accuracy": 75.0,
+        "chance": 75.0,
+        "by_class": {"a": 100.0, "b": pytest.approx(200 / 3)},
         "samples": 4,
     }
     assert (

@@ -158,6 +158,10 @@ def test_examples_of_one_image_have_it_once(root):
     (root / "add_att.json").write_text(json.dumps(rows))
     data = choices_of_file(root / "add_att.json", root)
     assert len(data) == 1 and data.example_images.tolist() == [[0]] * 3
+    beside = root / "val2017"  # COCO's folder needs no --images
+    beside.symlink_to(root)
+    (found,) = choices_of_file(root / "add_att.json", Path(".")).sources
+    assert found.is_relative_to(beside) and not data.sources[0].is_relative_to(beside)
 
 
 def test_names_of_other_files_cost_no_system_call(root, monkeypatch):

@@ -10,6 +10,7 @@ from models.dual_encoder.factory import VITS, build_dual
 from models.layers.clip_towers import ClipViT
 from models.layers.vit import ViT, ViTConfig
 from models.layers.xbert import BertConfig, XBert
+from tests.helpers.clip_toys import toy
 
 PUBLISHED_WIDTHS = (384, 768, 1024)  # ViT-S, ViT-B, ViT-L
 
@@ -63,7 +64,8 @@ def test_bert_starts_by_its_width_unless_its_json_says_otherwise(width):
 
 
 def test_the_text_transformer_keeps_its_gain_at_every_width():
-    """CLIP's law: 1/sqrt(width) for attention, which no width can make too small."""
+    """CLIP's law: 1/sqrt(width) for attention, which no width can make too small; what is added to
+    the residual stream by 1/sqrt(2 · layers) less, as OpenAI's code."""
     for width in (64, 512):
         config = DualConfig(
             model="CLIP_VITT8_CLIP",
@@ -73,8 +75,23 @@ def test_the_text_transformer_keeps_its_gain_at_every_width():
             text_heads=2,
             transformer_layers=2,
         )
-        block = build_dual(config).transformer.resblocks[0]
-        assert block.attn.in_proj_weight.std().item() == pytest.approx(width**-0.5, rel=0.05)
+        model = build_dual(config)
+        for block in model.transformer.resblocks:
+            weights = [block.attn.in_proj_weight, block.attn.out_proj.weight]
+            weights += [block.mlp.c_fc.weight, block.mlp.c_proj.weight]
+            gains = [weight.std().item() * width**0.5 for weight in weights]
+            assert gains == pytest.approx([1, 0.5, 0.5**0.5, 0.5], rel=0.05)
+        assert model.token_embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert model.positional_embedding.std().item() == pytest.approx(0.01, rel=0.05)
+
+
+def test_temperatures_start_as_published():
+    """0.07 for images and texts (Radford et al. 2021), 0.1 between views (CLIP-rocket)."""
+    for name in ("CLIP_VITB16_CLIP", "SLIP_VITB16"):
+        assert toy(name).logit_scale.exp().item() == pytest.approx(1 / 0.07)
+    model = toy("CL2L_VITB16_CL2L", separate_proj=True)
+    assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
+    assert model.l2l_logit_scale.exp().item() == pytest.approx(10)
 
 
 def test_a_narrow_vit_learns_a_relation_between_patches_at_once():

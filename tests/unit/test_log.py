@@ -23,6 +23,9 @@ def test_meters_are_means_since_the_last_reading():
         meters.add(loss=torch.tensor(value), norm=torch.tensor(value * 2))
     assert meters.read() == {"loss": 3.0, "norm": 6.0}
     assert meters.read() == {}
+    for value in (8.0, 10.0):
+        meters.add(loss=torch.tensor(value))
+    assert meters.read() == {"loss": 9.0}
 
 
 def test_meters_survive_a_restart_between_log_points():

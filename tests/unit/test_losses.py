@@ -1,5 +1,7 @@
 """The pre-training losses against their definitions."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from models.fusion.losses import (
     IGNORE,
     distilled_binary_cross_entropy,
     distilled_cross_entropy,
+    gumbel_noise,
     hard_negatives,
     keyword_targets,
     masked_mean,
@@ -62,6 +65,15 @@ def test_sequence_axis_loss_normalises_over_the_text():
     torch.testing.assert_close(
         sequence_axis_soft_loss(logits, rows, teacher), torch.stack(expected)
     )
+
+
+def test_gumbel_noise_is_float32_under_mixed_precision():
+    """Mean 0.5772, variance pi^2 / 6, and tails that 16 bits cut off."""
+    torch.manual_seed(0)
+    noise = gumbel_noise(torch.empty(400, 500, dtype=torch.bfloat16))
+    assert noise.dtype == torch.float32 and len(noise.unique()) > 150_000
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.03)
 
 
 def test_masked_mean_of_nothing_is_zero():

@@ -1,6 +1,7 @@
 """The recognition network: what labels see, what is trained, how weights come together, and what is
 refused."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from base.errors import UserError
 from models.dual_encoder.openai import OpenAICLIP
 from models.layers.openai_towers import OpenAIConfig, TextShape
 from models.recognition import nxtp
-from models.recognition.nxtp import IGNORED, NxtpConfig, among
+from models.recognition.nxtp import IGNORED, NxtpConfig, among, grid_positions
 from models.weights.build_nxtp import NetworkOptions
 from models.weights.clip import to_hugging_face
 from models.weights.loading import load_checkpoint
@@ -195,6 +196,29 @@ def clip_state(width: int = 64) -> dict[str, torch.Tensor]:
     """A tiny CLIP in OpenAI's layout."""
     torch.manual_seed(3)
     return OpenAICLIP(OpenAIConfig(**CLIP_SIZES | {"vision_width": width})).state_dict()
+
+
+def test_a_random_tower_starts_with_waves_from_one_patch_to_four_grids():
+    side, frequencies = 5, 3  # of width 12: sines, then cosines, of the row, then of the column
+    table = grid_positions(1 + side * side, 4 * frequencies)
+    assert table.shape == (26, 12) and not table[0].any()
+    for row, column in ((0, 0), (1, 4), (3, 2)):
+        expected = []
+        for place in (row, column):
+            angles = [place / 20 ** (number / 3) for number in range(3)]
+            expected += [math.sin(angle) for angle in angles]
+            expected += [math.cos(angle) for angle in angles]
+        assert table[1 + side * row + column].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_table_of_which_the_image_token_alone_is_trained():
+    for embeddings, outputs in (("special", "all"), ("all", "special")):
+        options = {"train_embeddings": embeddings, "train_outputs": outputs}
+        config = (
+            NetworkOptions(decoder=(32, 1), vision=(64, 1, 14), **options).build(Tokens()).config
+        )
+        of_rows, of_outputs = ((38,) if each == "special" else None for each in options.values())
+        assert (config.trained_rows, config.trained_outputs) == (of_rows, of_outputs)
 
 
 class TestWeights:

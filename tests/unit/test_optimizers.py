@@ -1,6 +1,7 @@
 """Muon, timm's optimizers, learning rates by layer and by tower."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -158,6 +159,17 @@ def test_unknown_optimizers():
         build_optimizer(small(), Optimizer(opt="timm/lionn"))
     with pytest.raises(UserError, match="timm/adahessian needs second derivatives"):
         build_optimizer(small(), Optimizer(opt="timm/adahessian"))
+
+
+def test_timm_has_the_options_that_it_knows():
+    config = Optimizer(lr=0.3, betas=(0.5, 0.6), eps=0.7, momentum=0.8)
+    for opt, expected in {
+        "timm/sgd": {"lr": 0.3, "momentum": 0.8},
+        "timm/lion": {"lr": 0.3, "betas": (0.5, 0.6)},
+        "timm/nadamw": {"lr": 0.3, "betas": (0.5, 0.6), "eps": 0.7},
+    }.items():
+        group = build_optimizer(small(), replace(config, opt=opt)).param_groups[0]
+        assert {name: group[name] for name in expected} == expected, opt
 
 
 def test_timm_keeps_three_betas_and_says_what_waits(capsys):

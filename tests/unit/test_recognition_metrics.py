@@ -48,6 +48,8 @@ def test_labels_that_are_named_twice_and_chance():
     assert found["exact_recall"] == found["exact_precision"] == 100.0
     found = label_metrics([[("sky", 0.5)]] * 2, [["dog", "cat"], ["dog", "sea"]])
     assert found["chance"] == pytest.approx(200 / 3)  # "dog" alone: recall 50, precision 100
+    found = label_metrics([[("dog", 0.5)]], [["dog", "cat", "sky", "sea"]])
+    assert (found["exact_recall"], found["exact_precision"]) == (25, 100)
 
 
 def test_soft_scores_by_hand():

@@ -79,9 +79,6 @@ class RandAugment:
                 image = sharpness(image, strength, wrap=self.original)
         return image
 
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        return self.apply(image, self.draw())
-
 
 GEOMETRIC = frozenset({"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"})
 

@@ -221,7 +221,10 @@ def _csv_rows(path: Path, wanted: Wanted) -> Iterator[dict]:
         seen = looks_like(read_start(path))
         raise UserError(f"{path}: not UTF-8 ({error.reason}){seen}; save it as UTF-8") from None
     except csv.Error as error:
-        raise UserError(f"{path}: no table ({error}); save it as CSV with quoted texts") from None
+        seen = looks_like(read_start(path))  # Python 3.10's csv refuses the zeros of UTF-16
+        raise UserError(
+            f"{path}: no table ({error}){seen}; save it as CSV with quoted texts"
+        ) from None
 
 
 def _readable(rows, separator: str) -> Iterator[list[str] | str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +114,10 @@ def pretrain(script: ModuleType, config) -> Setup:
     codes = None
     if config.is_simla:
         codes = ImageTokenizer(TokenizerConfig(), with_decoder=False).freeze(config.precision)
-    model = call(script.build_model, config=config, tokenizer=BertVocabulary, image_tokenizer=codes)
+    with mock.patch.object(script, "start_vision"):  # which would read the tower's weights
+        model = call(
+            script.build_model, config=config, tokenizer=BertVocabulary, image_tokenizer=codes
+        )
     size = config.batch_size
     length = config.max_tokens
     grid = config.grid

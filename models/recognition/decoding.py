@@ -278,12 +278,13 @@ def beam_search(
     """The best text of each image and its log-probability: `beams` texts kept, at most `length`
     tokens before EOS.
 
-    An image is done when beams * patience texts have ended. Texts are ranked by log-probability
-    over their length, prompt and EOS counted, or over ((5 + length) / 6)^length_penalty (Wu et al.,
-    2016). Labels see one another, as in the original; unlike there, histories move with the beams.
+    An image is done when beams * patience texts have ended, one at least. Texts are ranked by
+    log-probability over their length, prompt and EOS counted, or over ((5 + length) /
+    6)^length_penalty (Wu et al., 2016). Labels see one another, as in the original; unlike there,
+    histories move with the beams.
     """
     tree = Branches(model, images, prompt, beams)
-    enough = round(beams * patience)
+    enough = max(1, round(beams * patience))
     device = images.device
     ended: list[dict[tuple[int, ...], float]] = [{} for _ in images]
     sums = torch.full((len(images), beams), -torch.inf, device=device)
@@ -438,7 +439,10 @@ class Decoding:
     )
     beam_size: int = knob(3, "of strategy beam: texts kept", methods="beam", low=1, high=WIDTH)
     beam_patience: float = knob(
-        1.0, "of strategy beam: texts to finish, as a multiple of beam_size", methods="beam", low=0
+        1.0,
+        "of strategy beam: texts to finish, as a multiple of beam_size, and one at least",
+        methods="beam",
+        low=0,
     )
     length_penalty: float | None = knob(
         None,

@@ -155,6 +155,15 @@ def test_a_wide_beam_finds_the_likeliest_text(setting):
     assert total == pytest.approx(texts[best], rel=1e-4)
 
 
+def test_no_patience_finishes_one_text(setting):
+    """The first that ends, not the first token."""
+    model, images, prompt = setting
+    late = 6  # a token that ends no text early here
+    one = beam_search(model, images, prompt, late, 50, patience=1 / 3)
+    assert beam_search(model, images, prompt, late, 50, patience=0) == one
+    assert min(len(tokens) for tokens, _ in one) > 3
+
+
 def test_filters():
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]])
     assert top_k(logits, 2)[0].nonzero().flatten().tolist() == [1, 2]

@@ -72,7 +72,8 @@ def key_set_of_rows(n_rows: int, n_sets: int, rows: Tensor | None, device: torch
 def attention_map(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
     """Probabilities softmax(q k^T / sqrt(d)) in float32, [R,H,L,N], part of the autograd graph;
     mask as in `attend`."""
-    scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
+    query = query * query.shape[-1] ** -0.5  # before the product, which fp16 may not hold
+    scores = (query @ key.transpose(-1, -2)).float()
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(-1)

@@ -38,6 +38,7 @@ from models.weights.clip import (
     TIMM_NAMES,
     config_of_arguments,
     from_hugging_face,
+    is_hugging_face,
     is_openais,
     load_openai,
     load_timm_open_clip,
@@ -117,7 +118,7 @@ def open_dual(
         return _with_pixels(_library(weights, about["network"]), stated)
     if "vision_model.embeddings.convolution.weight" in weights:
         return _with_pixels(_align(weights, about, name), stated)
-    if "vision_model.embeddings.patch_embedding.weight" in weights:
+    if is_hugging_face(weights):
         return _hugging_face(weights, about, name, stated)
     keys = text_at_root(weights).keys()
     if keys & {"visual.proj", "visual.attnpool.c_proj.weight"} and "text_projection" in keys:

@@ -196,7 +196,8 @@ def to_open_clip(model: nn.Module) -> State:
         return dict(model.state_dict())
     image, text = _linear_projections(model)
     state = model.state_dict()
-    result = {f"visual.trunk.{name}": value for name, value in model.visual.state_dict().items()}
+    trunk = model.visual.trunk if model.config.image_tower else model.visual
+    result = {f"visual.trunk.{name}": value for name, value in trunk.state_dict().items()}
     shared = (
         "positional_embedding",
         "logit_scale",
@@ -253,26 +254,27 @@ def open_clip_config(model: nn.Module) -> dict:
             vision["patch_size"] = config.patch_size
             vision["head_width"] = config.vision_width // config.vision_heads
         return {"embed_dim": config.embed_dim, **activation, "vision_cfg": vision, "text_cfg": text}
+    bias = {"init_logit_bias": -10.0} if isinstance(model, SigLIP) else {}
+    about = {"embed_dim": config.embed_dim, **activation, **bias}
+    return {**about, "vision_cfg": _timm_vision(config), "text_cfg": text}
+
+
+def _timm_vision(config: DualConfig) -> dict:
+    """`vision_cfg` of a dual encoder with an image tower of timm, or one that timm has, too."""
+    if config.tower_classes:
+        raise UserError("open_clip has no image tower with classes; use --to onnx or safetensors")
+    vision = {"image_size": config.image_size, "timm_model_pretrained": False}
+    vision["timm_proj"] = "linear"
+    if config.image_tower:  # pools as it does there
+        name = config.image_tower.removeprefix("timm/").partition(":")[0]
+        return {**vision, "timm_model_name": name, "timm_pool": ""}
     backbone = config.model.split("_")[1]
     if backbone not in TIMM_NAMES or (config.model.count("_") == 1 and backbone == "VITS16"):
         raise UserError(
             f"timm has no {backbone} of this head count by name; export to safetensors instead"
         )
-    vision = {
-        "image_size": config.image_size,
-        "timm_model_name": TIMM_NAMES[backbone],
-        "timm_model_pretrained": False,
-        "timm_pool": "token" if backbone.startswith("VIT") else "avg",
-        "timm_proj": "linear",
-    }
-    bias = {"init_logit_bias": -10.0} if isinstance(model, SigLIP) else {}
-    return {
-        "embed_dim": config.embed_dim,
-        **activation,
-        **bias,
-        "vision_cfg": vision,
-        "text_cfg": text,
-    }
+    pool = "token" if backbone.startswith("VIT") else "avg"
+    return {**vision, "timm_model_name": TIMM_NAMES[backbone], "timm_pool": pool}
 
 
 def load_timm_open_clip(model: CLIP, state: State) -> None:
@@ -336,6 +338,11 @@ TRANSPOSED = {
     "text_projection": "text_projection.weight",
     "visual.proj": "visual_projection.weight",
 }
+
+
+def is_hugging_face(state: State) -> bool:
+    """Whether these are weights of transformers' CLIPModel."""
+    return "vision_model.embeddings.patch_embedding.weight" in state
 
 
 def to_hugging_face(model: OpenAICLIP) -> State:

@@ -10,7 +10,7 @@ from base.errors import UserError, first_line
 from base.reading import read_json
 from runtime.config.yaml import to_yaml
 from runtime.scores import rounded
-from scripts.weights.own import yaml_lines
+from scripts.weights.own import public, yaml_lines
 from scripts.weights.source import FAMILIES, Source, Written
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,17 +89,6 @@ def data_names(config: Mapping[str, Any], keys: Sequence[str]) -> str:
             if isinstance(each, str) and each:
                 found.append(f"{public(each)} ({key})")
     return ", ".join(found)
-
-
-def public(value: Any) -> Any:
-    """A value without the folders of this machine: of a path the last part."""
-    if isinstance(value, Mapping):
-        return {key: public(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [public(inner) for inner in value]
-    if isinstance(value, str) and value.startswith(("/", "~", "./", "../")):
-        return Path(value).name
-    return value
 
 
 def results(folder: Path) -> list[str]:

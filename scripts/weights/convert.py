@@ -37,6 +37,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from base.caches import file_state
 from base.errors import UserError
 from base.writing import make_folder, write_text
 from runtime.advice import ends_with_advice
@@ -133,18 +134,37 @@ def main(argv: list[str] | None = None) -> int:
     )
     if given.push:
         check_hub(given.push)
+    before = states_of(given.output)
     source, written = convert(given.checkpoint, given.to, given.output, options)
     title = given.name or (given.push or given.output.resolve().name).rpartition("/")[2]
     facts = CardFacts(name=title, license=given.license, data_license=given.data_license)
     write_text(given.output / "README.md", model_card(source, written, facts))
     print(f"{given.output}: {', '.join(files_of(given.output))}")
     if given.push:
+        check_of_this_export(given.output, before)
         print(push(given.output, given.push, given.private))
     return 0
 
 
+def states_of(folder: Path) -> set[tuple]:
+    """The files below a folder as they are now."""
+    return {file_state(folder / name) for name in files_of(folder)}
+
+
+def check_of_this_export(folder: Path, before: set[tuple]) -> None:
+    """UserError where files lie below the folder that were there before: notes of the user, or what
+    another layout says of its weights."""
+    others = sorted(states_of(folder) & before)
+    if others:
+        name = Path(others[0][0]).relative_to(folder.absolute())
+        raise UserError(
+            f"{folder}: holds {name}, which is not of this export, and --push uploads the folder as "
+            f"it is: remove it ({len(others)} in all), or name another --output"
+        )
+
+
 def files_of(folder: Path) -> list[str]:
-    """Names of the files below a folder."""
+    """Names of the files below a folder, which need not be there."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 

@@ -6,6 +6,7 @@ hf            transformers' CLIPModel (OpenAI's ViTs) or AlignModel (B7)
 onnx          image.onnx and text.onnx, from normalised pixels and token ids to z (and h)
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from models.dual_encoder.library import LibraryCLIP
 from models.weights import align, clip
 from models.weights.any_dual_encoder import Opened
 from runtime.checkpoint import export_safetensors
+from runtime.config.yaml import to_dict
 from scripts.weights.beside import (
     align_processor,
     clip_processor,
@@ -39,16 +41,33 @@ from scripts.weights.own import write_own
 from scripts.weights.source import Options, Source, State, Written
 
 TASK = "zero-shot-image-classification"
+OF_OPEN_CLIP = "open_clip_config.json"
 TIMM_SIDE = 224  # of the images of open_clip's timm towers, whatever image_size says
 CLIP_VOCABULARY = 49408  # open_clip's own tokenizer has it
 
 
 def to_safetensors(source: Source, options: Options, folder: Path) -> Written:
-    """Of a run its config.yaml tells the network; of other weights what open_clip reads."""
-    if source.family == "clip" and "config" not in source.about:
-        about = about_open_clip(open_dual_encoder(source, options), options)
-        write_json(folder / "open_clip_config.json", about, indent=2)
-    return write_own(source, folder, "eval_zeroshot.py --checkpoint model.safetensors", TASK)
+    """Of a run its config.yaml tells the network; of other weights what is read beside them."""
+    described = source.family == "align" or "config" in source.about
+    opened = None if described else open_dual_encoder(source, options)
+    network = None
+    if opened and any(name.startswith("image_project") for name in source.weights):
+        network = to_dict(replace(opened.model.config, model=opened.title))
+    use = "eval_zeroshot.py --checkpoint model.safetensors"
+    written = write_own(source, options, folder, use, TASK, network)
+    if opened and network is None:
+        describe(source, opened, options, folder)
+    return written
+
+
+def describe(source: Source, opened: Opened, options: Options, folder: Path) -> None:
+    """Write the JSON files that tell the network of weights alone, in the layout of their names."""
+    if clip.is_hugging_face(source.weights):
+        about = clip.hugging_face_config(opened.model.config)
+        write_json(folder / "config.json", about, indent=2)
+        write_json(folder / "preprocessor_config.json", clip_processor(opened.pixels), indent=2)
+    else:
+        write_json(folder / OF_OPEN_CLIP, about_open_clip(opened, options), indent=2)
 
 
 def to_open_clip(source: Source, options: Options, folder: Path) -> Written:
@@ -58,7 +77,7 @@ def to_open_clip(source: Source, options: Options, folder: Path) -> Written:
         return Written("open_clip", TASK, OPEN_CLIP_EXAMPLE)
     about = about_open_clip(opened, options)
     export_safetensors(clip.to_open_clip(opened.model), folder / "open_clip_model.safetensors")
-    write_json(folder / "open_clip_config.json", about, indent=2)
+    write_json(folder / OF_OPEN_CLIP, about, indent=2)
     write_clip_tokenizer(opened.tokenize.func, folder)
     return Written("open_clip", TASK, OPEN_CLIP_EXAMPLE)
 
@@ -79,7 +98,8 @@ def about_open_clip(opened: Opened, options: Options) -> dict[str, Any]:
     network = clip.open_clip_config(opened.model)
     timm = network["vision_cfg"].get("timm_model_name", "")
     side = opened.pixels.size
-    if timm.startswith("vit_") and side != TIMM_SIDE:
+    own_tower = network["vision_cfg"].get("timm_pool") == ""  # which is of one size here, too
+    if timm.startswith("vit_") and not own_tower and side != TIMM_SIDE:
         raise UserError(
             f"open_clip builds timm's {timm} for {TIMM_SIDE} pixels, and this model is for {side}; "
             "use --to onnx or safetensors"

@@ -29,7 +29,9 @@ PAIRS = ("pretrain", "retrieval")  # kinds of checkpoints with both contrastive 
 
 
 def to_safetensors(source: Source, options: Options, folder: Path) -> Written:
-    return write_own(source, folder, "Retrieval.py --evaluate --checkpoint model.safetensors", TASK)
+    return write_own(
+        source, options, folder, "Retrieval.py --evaluate --checkpoint model.safetensors", TASK
+    )
 
 
 def to_onnx(source: Source, options: Options, folder: Path) -> Written:
@@ -94,7 +96,9 @@ def open_retrieval(
 
 # ---- dVAE
 def tokenizer_to_safetensors(source: Source, options: Options, folder: Path) -> Written:
-    return write_own(source, folder, "Pretrain.py --image-tokenizer .", "feature-extraction")
+    return write_own(
+        source, options, folder, "Pretrain.py --image-tokenizer .", "feature-extraction"
+    )
 
 
 def tokenizer_to_onnx(source: Source, options: Options, folder: Path) -> Written:

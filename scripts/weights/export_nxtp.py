@@ -6,7 +6,6 @@ hf            decoder/ (transformers' LlamaForCausalLM), vision/ (CLIPVisionMode
 onnx          image.onnx, prefill.onnx, step.onnx: see scripts/weights/export_recognition.py
 """
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from models.weights.loading import part_of
 from runtime.checkpoint import export_safetensors
 from scripts.weights import export_recognition
 from scripts.weights.beside import clip_processor, square_processor
-from scripts.weights.own import write_own
+from scripts.weights.own import copy_tokenizer, write_own
 from scripts.weights.source import Options, Source, Written
 
 TASK = "image-to-text"
@@ -35,7 +34,7 @@ JOINT = ("ln_post.weight", "ln_post.bias", "proj.weight")
 
 
 def to_safetensors(source: Source, options: Options, folder: Path) -> Written:
-    return write_own(source, folder, "Recognition.py --checkpoint . --image PATH", TASK)
+    return write_own(source, options, folder, "Recognition.py --checkpoint . --image PATH", TASK)
 
 
 def to_hugging_face(source: Source, options: Options, folder: Path) -> Written:
@@ -59,7 +58,7 @@ def to_hugging_face(source: Source, options: Options, folder: Path) -> Written:
     about |= {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
     about |= {"pad_token_id": tokenizer.pad}
     write_json(folder / "decoder/config.json", about, indent=2)
-    shutil.copyfile(tokenizer.path, folder / "decoder" / tokenizer.path.name)
+    copy_tokenizer(tokenizer.path, folder / "decoder")
     vision = part_of(state, VISION)
     export_safetensors(vision_weights(vision), folder / "vision/model.safetensors")
     write_json(folder / "vision/config.json", vision_config(model.config.vision), indent=2)
@@ -89,7 +88,7 @@ def to_onnx(source: Source, options: Options, folder: Path) -> Written:
         exported = export_recognition.OnnxNetwork(folder)
         export_recognition.check(model, exported, prompt, tokenizer, 8)
     write_json(folder / "preprocessor_config.json", processor_of(model, config), indent=2)
-    shutil.copyfile(tokenizer.path, folder / tokenizer.path.name)
+    copy_tokenizer(tokenizer.path, folder)
     opening = prompt.tolist()
     return Written("onnx", TASK, ONNX_EXAMPLE.replace("OPENING", str(opening)))
 

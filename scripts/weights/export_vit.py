@@ -34,7 +34,7 @@ TIMM_EPS = 1e-6
 
 
 def to_safetensors(source: Source, options: Options, folder: Path) -> Written:
-    return write_own(source, folder, "eval_knn.py --checkpoint model.safetensors", TASK)
+    return write_own(source, options, folder, "eval_knn.py --checkpoint model.safetensors", TASK)
 
 
 def to_timm_folder(source: Source, options: Options, folder: Path) -> Written:

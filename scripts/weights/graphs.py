@@ -45,18 +45,27 @@ def write_graph(
     module = _Graphed(model, function).eval()
     with torch.no_grad():
         program = torch.export.export(module, tuple(inputs), dynamic_shapes=(tuple(shapes),))
-        torch.onnx.export(
+        exported = torch.onnx.export(
             program,
             (),
-            path,
             dynamo=True,
-            external_data=True,
             verbose=False,
             opset_version=OPSET,
             optimize=False,
             input_names=names[0],
             output_names=names[1],
         )
+    forget_where_it_was_made(exported.model)
+    exported.save(path, external_data=True)
+
+
+def forget_where_it_was_made(model) -> None:
+    """Drop what torch notes of every node and value: the lines of code, with their paths on this
+    machine, that it comes from. model: onnx_ir's."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
 
 
 def check_packages(names: Sequence[str]) -> None:

@@ -14,9 +14,11 @@ from runtime.checkpoint import export_safetensors
 from scripts.weights import convert
 from scripts.weights.export_dual import open_dual_encoder
 from scripts.weights.graphs import Graph
+from scripts.weights.own import public
 from scripts.weights.source import Options, open_source
 from tests.helpers.exported import (
     CAPTIONS,
+    SMALL,
     dual_run,
     embedded,
     photo,
@@ -176,6 +178,109 @@ def test_align(to, digitscenes, tmp_path, monkeypatch):
     torch.testing.assert_close(
         found[0] / found[0].norm(), expected[0] / expected[0].norm(), **RESIZED
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "tower"),
+    [
+        ("CLIP_RT_SIGLIP", "timm/test_resnet"),
+        pytest.param("CLIP_RT_CLIP", "timm/test_vit", marks=pytest.mark.slow),
+        pytest.param("CLIP_VITB16_CLIP", "timm/test_vit2", marks=pytest.mark.slow),
+    ],
+)
+def test_image_towers_of_timm_are_open_clips_own(model, tower, tmp_path):
+    """They were exported as the network's own tower, under names that open_clip does not have."""
+    source = dual_run(tmp_path / "run", model, image_tower=tower, image_size=160)
+    run(source, "open_clip", tmp_path / "out")
+    image = small_photo(160)
+    compare(by_open_clip(tmp_path / "out", image), ours(source, image), **CLOSE)
+
+
+def test_a_graph_says_nothing_of_the_machine(tmp_path):
+    """torch notes for each node the lines of code, with their paths, that it comes from."""
+    from scripts.weights.graphs import ANY, write_graph
+
+    layer = torch.nn.Linear(3, 2)
+    file, names = tmp_path / "a.onnx", (["x"], ["y"])
+    write_graph(layer, layer.forward, [torch.zeros(2, 3)], [{0: ANY}], file, names)
+    assert b".py" not in file.read_bytes()
+    x = torch.randn(5, 3)
+    compare(Graph(file)(x), [layer(x).detach()], **CLOSE)
+
+
+def rocket_file(folder, model: str):
+    """What clip-rocket saves."""
+    from models.dual_encoder.config import DualConfig
+    from models.dual_encoder.factory import build_dual
+
+    sizes = SMALL | {"text_width": 512, "text_heads": 8}
+    torch.manual_seed(0)
+    network = build_dual(DualConfig(model=model, **sizes))
+    folder.mkdir()
+    content = {"state_dict": network.state_dict(), "args": {"model": model, **sizes}}
+    torch.save(content, folder / "checkpoint.pt")
+    return folder / "checkpoint.pt"
+
+
+@pytest.mark.parametrize(
+    "kind", ["hf", pytest.param("CLIP_VITT8", marks=pytest.mark.slow), "CLIP_VITT8_CLIP"]
+)
+def test_weights_of_others_can_be_opened_after_their_export(kind, tmp_path):
+    """What told their network lies beside them again: config.json, or the section of a run."""
+    if kind == "hf":
+        source = tmp_path / "hf/model.safetensors"
+        run(openai_files(tmp_path / "files", VIT), "hf", tmp_path / "hf")
+    else:
+        source = rocket_file(tmp_path / "files", kind)
+    run(source, "safetensors", tmp_path / "out")
+    image = small_photo(SIDE)
+    compare(ours(tmp_path / "out", image), ours(source, image), rtol=0, atol=0)
+
+
+def test_a_run_is_exported_with_its_tokenizer_and_without_the_paths_of_the_machine(
+    digitscenes, tmp_path
+):
+    import shutil
+
+    from dataset.text.bpe import ClipTokenizer
+    from runtime.config.yaml import read_yaml
+
+    merges = shutil.copy(digitscenes / "bpe/bpe_merges.txt.gz", tmp_path / "mine.txt.gz")
+    size = ClipTokenizer(merges).vocab_size
+    source = dual_run(tmp_path / "run", "CLIP_VITT8_CLIP", vocab_size=size)
+    more = f"bpe_path: {merges}\nmetadata: {tmp_path}/list.json\noutput_dir: {tmp_path}/run\n"
+    with (source / "config.yaml").open("a") as file:
+        file.write("\n" + more)
+    image = small_photo(SIDE)
+    expected = ours(source, image)
+    run(source, "safetensors", tmp_path / "out")
+    (tmp_path / "mine.txt.gz").unlink()
+    moved = shutil.move(tmp_path / "out", tmp_path / "elsewhere")
+    compare(ours(moved, image), expected, rtol=0, atol=0)
+    assert read_yaml(moved / "config.yaml")[0]["metadata"] == "list.json"
+    texts = [file for file in moved.iterdir() if file.suffix in (".yaml", ".md", ".json")]
+    assert not any(str(tmp_path) in file.read_text() for file in texts)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("/home/me/a b/list.json", "list.json"),
+        ("~/list.json", "list.json"),
+        ("imagefolder:/home/me/photos", "imagefolder:photos"),
+        ("hf//home/me/bert", "hf//home/me/bert"),
+        ("pipe:cat /home/me/{00..10}.tar", "pipe:cat {00..10}.tar"),
+        ("file:///home/me/a.tar", "a.tar"),
+        ("shards?labels=/home/me/l.json", "shards?labels=l.json"),
+        ("https://me:hf_x@hub.co/a.tar", "https://hub.co/a.tar"),
+        ("s3://bucket/a.tar?X-Amz-Signature=9f", "s3://bucket/a.tar"),
+        ("configs/data/coco.json", "configs/data/coco.json"),
+        ("ViT-B/32", "ViT-B/32"),
+        ({"/home/me/a.json": ["../b/c.csv", 3]}, {"a.json": ["c.csv", 3]}),
+    ],
+)
+def test_what_is_told_of_paths_and_addresses(value, told):
+    assert public(value) == told
 
 
 # ----------------------------------------------------------------------------------------- errors

@@ -2,6 +2,7 @@
 tokenizer through other libraries."""
 
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +15,11 @@ from dataset.text.wordpiece import Tokenizer
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from models.fusion.retrieval import Retrieval, RetrievalConfig
 from runtime.checkpoint import export_safetensors
-from scripts.weights import convert, export_fusion
+from scripts.weights import convert, export_fusion, export_nxtp
 from scripts.weights.export_vit import timm_config
 from scripts.weights.graphs import Graph
-from scripts.weights.source import Options
+from scripts.weights.own import copy_tokenizer
+from scripts.weights.source import Options, open_source
 from tests.helpers import tiny_nxtp
 from tests.helpers.exported import as_tensor, photo, run_example, save_run, small_photo
 from tests.helpers.tiny_simla import tiny_config
@@ -209,6 +211,29 @@ def test_nxtp_in_transformers(tmp_path, monkeypatch):
         x = torch.cat([images, decoder.get_input_embeddings()(ids)], 1)
         found = decoder(inputs_embeds=x, attention_mask=bias).logits[:, n:]
     torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_nxtp_is_exported_with_its_tokenizer(tmp_path):
+    (tmp_path / "here").mkdir()
+    source, model, tokenizer = nxtp_run(tmp_path / "here")
+    run(source, "safetensors", tmp_path / "out")
+    shutil.rmtree(tmp_path / "here")
+    found = export_nxtp.open_nxtp(open_source(tmp_path / "out"), Options())
+    assert found[1].encode("dog, cat") == tokenizer.encode("dog, cat")
+    pixels = torch.randn(1, 3, SIDE, SIDE)
+    with torch.no_grad():
+        assert found[0].encode_image(pixels).equal(model.encode_image(pixels))
+
+
+@pytest.mark.parametrize("source", ["file", "folder"])
+def test_a_tokenizer_is_copied_with_what_it_reads_beside_itself(source, tmp_path):
+    """Of Qwen's the end of a text stands in tokenizer_config.json alone."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "out").mkdir()
+    copy_tokenizer(tmp_path / "tokenizer.json" if source == "file" else tmp_path, tmp_path / "out")
+    names = ["tokenizer.json", "tokenizer_config.json"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == names
 
 
 def test_the_images_of_a_tower_are_exported_as_it_takes_them(digitscenes, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from huggingface_hub.utils import get_session
 
 from base.errors import UserError
 from models.classification.classifier import ClassifierConfig, VisionClassifier
+from scripts.weights import convert as convert_script
 from scripts.weights.card import TRAINED, CardFacts, check_repository, data_names, model_card
 from scripts.weights.push import push
 from scripts.weights.source import Written, open_source
@@ -73,6 +74,27 @@ def test_a_folder_arrives_as_it_is(tmp_path, monkeypatch):
     assert f"`hf upload other/tiny {tmp_path / 'foreign'}`" in foreign.stderr
     assert (tmp_path / "foreign/model.safetensors").is_file()
     assert hub.repositories["other/tiny"] == {}
+
+
+def test_nothing_is_uploaded_but_this_export(tmp_path, monkeypatch, capsys):
+    """Not the user's notes, nor what another layout says of its weights."""
+    uploads = []
+    monkeypatch.setattr(convert_script, "check_hub", lambda *_: None)
+    monkeypatch.setattr(
+        convert_script, "push", lambda folder, *_: uploads.append(folder) or "there"
+    )
+    source, out = trained(tmp_path / "run"), tmp_path / "out"
+    words = [str(source), "--output", str(out), "--push", "me/tiny", "--to"]
+    for _ in range(2):  # a second upload of the same
+        assert convert_script.main([*words, "safetensors"]) == 0
+    assert len(uploads) == 2
+    (out / "notes").mkdir()
+    (out / "notes/secret.txt").touch()
+    assert convert_script.main([*words, "safetensors"]) == 2 and len(uploads) == 2
+    assert "holds notes/secret.txt, which is not of this export" in capsys.readouterr().err
+    (out / "notes/secret.txt").unlink()
+    assert convert_script.main([*words, "timm"]) == 2 and len(uploads) == 2
+    assert "holds config.yaml" in capsys.readouterr().err
 
 
 @pytest.mark.slow

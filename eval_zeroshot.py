@@ -117,7 +117,7 @@ def open_encoder(config: Config, world: World) -> Encoder:
     torch.manual_seed(0)  # random weights are the same on every process
     if of_library(config.model):
         opened = open_library(config.model, config.checkpoint, config.random_weights)
-        vocabulary = config.model
+        vocabulary = tokenizer_identity(opened.tokenize)
     else:
         opened, vocabulary = open_checkpoint(config)
     makes = [opened.title, vocabulary, opened.context_length, config.precision, world.device.type]

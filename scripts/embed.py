@@ -124,7 +124,8 @@ def dual_embedder(config: Config, world: World) -> BatchEmbedder:
         with precision.autocast():
             return opened.model.embed_text(text_ids)
 
-    return BatchEmbedder(opened.model, view, images, opened.tokenize, texts, encoder.signature)
+    signature = digest(encoder.signature, opened.pixels)
+    return BatchEmbedder(opened.model, view, images, opened.tokenize, texts, signature)
 
 
 def image_embedder(config: Config, world: World) -> BatchEmbedder:

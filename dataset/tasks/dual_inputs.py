@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from base.caches import digest
 from base.errors import UserError
 from base.libraries import dual_inputs, of_library
 from base.pixels import HALF, OPENAI, timm_statistics
@@ -64,15 +65,31 @@ def tokenizer_of(opened, trained: Mapping, knobs) -> AnyTokenizer:
     return tokenizer
 
 
-def tokenizer_identity(tokenizer: AnyTokenizer) -> str:
-    """What the token ids depend on."""
-    if isinstance(tokenizer, OpenClipTokenizer):
-        return tokenizer.path
-    if isinstance(tokenizer, FolderTokenizer):
-        return repr(sorted(tokenizer.backend.get_vocab().items()))
+def tokenizer_identity(tokenizer: AnyTokenizer | Callable) -> str:
+    """What the token ids depend on. Of a library's tokenizer all that it is made of: a folder's may
+    change in place, and one vocabulary has many merges and ways of cleaning."""
     if isinstance(tokenizer, AlignTokenizer):
         return tokenizer.pieces.backend.to_str()
-    return repr(tokenizer.merges)
+    if isinstance(tokenizer, ClipTokenizer):
+        return repr(tokenizer.merges)
+    owner = getattr(tokenizer, "backend", tokenizer)  # open_clip's, or ours around transformers'
+    words = getattr(owner, "tokenizer", owner)
+    fast = getattr(words, "backend_tokenizer", None)
+    if fast is not None:
+        fast.no_padding()  # both as the last call left them: each call sets its own
+        fast.no_truncation()
+        content = fast.to_str()
+    else:
+        vocabulary = words.get_vocab() if hasattr(words, "get_vocab") else {}
+        content = repr(sorted(vocabulary.items()))
+    options = [] if owner is words else sorted(plain_options(owner).items())
+    return digest(type(owner).__name__, options, content)
+
+
+def plain_options(owner: object) -> dict[str, object]:
+    """Numbers, texts and functions, by name, among an object's attributes."""
+    found = {name: getattr(value, "__name__", value) for name, value in vars(owner).items()}
+    return {name: value for name, value in found.items() if isinstance(value, int | float | str)}
 
 
 def training_views(

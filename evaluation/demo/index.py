@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from base.caches import file_state
 from base.errors import BadSample, UserError
 from base.pixels import pixels_digest
 from base.reading import parse_json
@@ -17,10 +18,10 @@ from base.text import lenient_text, lines_in
 from base.writing import write_safetensors
 from evaluation.demo.abilities import Embedder
 
-VERSION = 1  # raised when something else is kept
+VERSION = 2  # raised when something else is kept
 KEPT_EVERY = 2000  # images after which what is done so far is kept
 CAPTION_BYTES = 64 << 10
-State = tuple[int, int]  # bytes and time of change (ns) of a file
+State = tuple[int, ...]  # bytes and times of change (ns) of a file
 
 
 @dataclass
@@ -98,12 +99,11 @@ def reader(root: Path, view: Callable, read: Callable) -> Callable[[str], Tensor
 
 
 def state_of(file: Path) -> State:
-    """What changes with the file's content; (0, 0) where it cannot be asked."""
+    """What changes with the file's content; zeros where it cannot be asked."""
     try:
-        status = file.stat()
+        return file_state(file)[1:]
     except OSError:
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
+        return 0, 0, 0
 
 
 def read_captions(root: Path, names: Iterable[str]) -> list[str]:
@@ -185,8 +185,8 @@ class Store:
                 about = parse_json((kept.metadata() or {})["about"], self.file, dict)
                 tables = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
             images = tables.get("images", ())
-            for (name, size, changed), row in zip(about["files"], images, strict=True):
-                self.rows[name] = ((size, changed), row)
+            for (name, *state), row in zip(about["files"], images, strict=True):
+                self.rows[name] = (tuple(state), row)
             for name, state, reason in about["unreadable"]:
                 self.rows[name] = (tuple(state), reason)
             self.texts = dict(zip(about["captions"], tables.get("texts", ()), strict=True))

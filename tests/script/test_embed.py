@@ -104,6 +104,22 @@ def test_embeddings_are_the_networks_and_parts_are_kept(checkpoint, images, tmp_
     assert {file: file.read_bytes() for file in whole} == whole
 
 
+def test_other_pixels_are_other_embeddings(tmp_path):
+    """What states them lies beside the weights, and may change alone."""
+    from base.distributed import ALONE
+    from tests.script.test_convert import VIT, openai_files
+
+    files = openai_files(tmp_path / "files", VIT)
+    config = script.Config(data=["x"], checkpoint=files)
+    before = script.dual_embedder(config, ALONE).signature
+    assert script.dual_embedder(config, ALONE).signature == before
+    about = json.loads((files / "open_clip_config.json").read_text())
+    for name, value in (("mean", [0.5, 0.5, 0.5]), ("interpolation", "bilinear")):
+        changed = about | {"preprocess_cfg": about["preprocess_cfg"] | {name: value}}
+        (files / "open_clip_config.json").write_text(json.dumps(changed))
+        assert script.dual_embedder(config, ALONE).signature != before
+
+
 def test_shards_and_two_processes_give_the_same(checkpoint, images, tmp_path):
     words = ["--data", images / "{00000..00001}.tar", "--checkpoint", checkpoint, "--batch_size", 2]
     words += ["--half", "false"]

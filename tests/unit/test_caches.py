@@ -85,7 +85,7 @@ def key_of_features(folder, monkeypatch):
     encoder = torch.nn.Identity()
     encoder.pixels, encoder.width, encoder.view = Pixels(16, "bicubic", *HALF), 4, None
     config = eval_knn.Config(cache=folder)
-    images = type("Images", (list,), {"records": []})()
+    images = type("Images", (list,), {"records": [], "classes": []})()
     return eval_knn.bank_of(images, "x", encoder, "squeezed", config, ALONE)
 
 
@@ -113,6 +113,31 @@ def test_what_is_made_of_images_is_made_again_where_they_are_read_otherwise(
     assert key(tmp_path, monkeypatch) == before
     monkeypatch.setattr(pixels, "DECODING", pixels.DECODING + 1)
     assert key(tmp_path, monkeypatch) != before
+
+
+def test_a_tokenizer_is_told_by_all_that_its_ids_depend_on():
+    """Two of one vocabulary would else share the text classifiers that are kept."""
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    from dataset.tasks.dual_inputs import tokenizer_identity
+    from models.weights.libraries import HfTokenizer
+
+    def theirs(lower=True, merges=(("a", "b"), ("b", "a"))):
+        vocabulary = {token: number for number, token in enumerate(["<p>", "a", "b", "ab", "ba"])}
+        backend = Tokenizer(models.BPE(vocabulary, list(merges)))
+        backend.normalizer = normalizers.Lowercase() if lower else normalizers.NFC()
+        return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<p>")
+
+    makers = [theirs, lambda: theirs(lower=False), lambda: theirs(merges=(("b", "a"), ("a", "b")))]
+    folders = [lambda make=make: SimpleNamespace(backend=make()) for make in makers]
+    longer = [lambda: HfTokenizer(theirs(), 4, True), lambda: HfTokenizer(theirs(), 8, True)]
+    makers = [*folders, *longer, lambda: HfTokenizer(theirs(), 8, False)]
+    found = [tokenizer_identity(make()) for make in makers]
+    assert found == [tokenizer_identity(make()) for make in makers] and len(set(found)) == 6
+    used = makers[-1]()
+    used(["ab", "aba"])
+    assert tokenizer_identity(used) == found[-1]
 
 
 def test_a_network_is_told_by_all_that_it_computes_from_its_weights():

@@ -3,6 +3,7 @@ lacks."""
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,6 +101,18 @@ def test_index_is_kept_and_only_what_changed_is_read_again(folder):
     reads.names.clear()
     indexed(folder, colour_embedder("another network"), reads)
     assert len(reads.names) == 3, "another network has an index of its own"
+
+
+def test_an_image_is_read_again_where_another_took_its_size_and_time(folder):
+    """As `cp -p` and archives put it there."""
+    for colour, name in (("red", "a"), ("blue", "b")):
+        Image.new("RGB", (8, 6), COLOURS[colour]).save(folder / f"{name}.bmp")
+        os.utime(folder / f"{name}.bmp", ns=(1, 1))
+    files = [folder / "a.bmp"]
+    make = partial(build_index, folder, files, colour_embedder(), cache=folder.parent / "cache")
+    assert make(Reads()).images[0].argmax() == 0
+    os.replace(folder / "b.bmp", folder / "a.bmp")
+    assert make(Reads()).images[0].argmax() == 2
 
 
 def test_damaged_index_is_made_again(folder):

@@ -20,7 +20,7 @@ import torch
 
 from base.errors import UserError
 from base.pixels import OPENAI, timm_statistics
-from base.reading import read_json, read_json_lines
+from base.reading import read_json
 from base.writing import write_text
 from dataset.images.albef import TestTransform, resize
 from dataset.images.decode import decode_image, reading
@@ -41,6 +41,7 @@ from evaluation.report.page import (
     thumbnail,
 )
 from evaluation.report.retrieval import load_rankings, retrieval_gallery
+from evaluation.report.runs import read_log
 from evaluation.retrieval import Ranking, chance
 from models.fusion.grounding import token_maps
 from models.fusion.retrieval import Retrieval, RetrievalConfig
@@ -86,17 +87,24 @@ class Config:
 
 
 def read_result(folder: Path) -> tuple[dict, dict]:
-    """(metrics, configuration) that Retrieval.py left in `folder`."""
+    """(metrics, configuration) that Retrieval.py left in `folder`. UserError where these are no
+    scores of a test_file."""
     files = [folder / "result" / name for name in ("metrics.json", "config.yaml")]
     for file in files:
         if not file.is_file():
             raise UserError(
                 f"{file}: no such file; run Retrieval.py with --output_dir {folder} first"
             )
-    return read_json(files[0], dict), read_yaml(files[1])[0]
+    metrics = read_json(files[0], dict)
+    scores = metrics.get("test")
+    if not isinstance(scores, dict) or "r_mean" not in scores:
+        raise UserError(
+            f"{folder}: no scores of a test_file by Retrieval.py; evaluate with --test_file"
+        )
+    return metrics, read_yaml(files[1])[0]
 
 
-def read_log(folder: Path | None) -> list[dict]:
+def timed_log(folder: Path | None) -> list[dict]:
     """Lines of log.jsonl with `minutes` of training added; empty where there is none."""
     path = folder / "log.jsonl" if folder else None
     if path is None or not path.is_file():
@@ -104,7 +112,9 @@ def read_log(folder: Path | None) -> list[dict]:
     lines = []
     minutes = 0.0
     before = 0
-    for line in read_json_lines(path):
+    for line in read_log(path):
+        if "step" not in line:
+            continue
         minutes += line.get("step_s", 0.0) * (line["step"] - before) / 60
         before = line["step"] if "step_s" in line else before
         lines.append({**line, "minutes": minutes})
@@ -212,10 +222,6 @@ def order_of(metrics: dict, saved: dict) -> str:
 
 def main(config: Config) -> None:
     metrics, saved = read_result(config.retrieval_dir)
-    if "test" not in metrics:
-        raise UserError(
-            f"{config.retrieval_dir}: no scores of a test_file; evaluate with --test_file"
-        )
     test_file = Path(saved["test_file"])
     image_root = Path(saved["image_root"])
     if config.data:
@@ -227,7 +233,10 @@ def main(config: Config) -> None:
     owner = torch.tensor(data.txt2img)
     tokenizer = Tokenizer(saved["text_encoder"])
     guess = chance(owner, len(data))
-    rankings = load_rankings(config.retrieval_dir / "result/ranking_test.safetensors")
+    file = config.retrieval_dir / "result/ranking_test.safetensors"
+    rankings = load_rankings(file)
+    if [len(ranking.candidates) for ranking in rankings] != [len(data), len(owner)]:
+        raise UserError(f"{file}: of another list than {test_file}; evaluate again")
     rows = {f"this model, {order_of(metrics, saved)}": metrics["test"]}
     if config.finetuned_dir:
         rows |= {"fine-tuned": read_result(config.finetuned_dir)[0]["test"]}
@@ -243,7 +252,7 @@ def main(config: Config) -> None:
         ("Pre-training", config.pretrain_dir),
         ("Fine-tuning", config.finetuned_dir),
     ):
-        if lines := read_log(folder):
+        if lines := timed_log(folder):
             sections.append(curves(title, lines, guess))
     files = [image_root / name for name in data.images]
     sections.append(retrieval_gallery(files, data.written, owner, *rankings, config.cases))

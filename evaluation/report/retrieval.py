@@ -8,11 +8,16 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
+from base.errors import UserError
+from base.torch_files import read_tensors
 from base.writing import write_bytes
 from evaluation.report import page
 from evaluation.report.examples import spread
 from evaluation.retrieval import Ranking, ranks
 
+RANKINGS = tuple(
+    f"by_{way}.{what}" for way in ("image", "text") for what in ("candidates", "scores")
+)
 KEPT = 10  # hits of a query that are stored
 SHOWN = 5
 
@@ -30,10 +35,10 @@ def save_rankings(path: Path, by_image: Ranking, by_text: Ranking) -> None:
 
 
 def load_rankings(path: Path) -> tuple[Ranking, Ranking]:
-    """What `save_rankings` wrote: (captions for images, images for captions)."""
-    from safetensors.torch import load_file
-
-    found = load_file(path)
+    """What `save_rankings` wrote: (captions for images, images for captions). UserError."""
+    found = read_tensors(path)
+    if missing := [name for name in RANKINGS if name not in found]:
+        raise UserError(f"{path}: no {missing[0]} in it, so no rankings; evaluate again")
     sizes = {"by_image": len(found["by_text.scores"]), "by_text": len(found["by_image.scores"])}
     return tuple(
         Ranking(found[f"{n}.candidates"], found[f"{n}.scores"], size) for n, size in sizes.items()

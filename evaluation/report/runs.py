@@ -23,12 +23,14 @@ from runtime.log import is_number
 
 DEPTH = 5  # folders below the one given that are looked through
 INSIDE = 2  # the same of a run's own folder, at its end
+OTHERS = ("result", "wandb")  # folders inside a run's; W&B keeps a config.yaml of its own
 POINTS = 400  # of a curve that are drawn at most
 # columns of the log without a chart: every training has them, or they are one number
 ALWAYS = {
     *("step", "epoch", "lr", "data_wait", "step_s", "memory_gb", "errors", "mfu", "tflops"),
     "val_chance",
 }
+LARGEST = 1e100  # of a number that is drawn
 CURVES = 18  # charts at most
 ENSEMBLE = re.compile(r"_zh_0\.[1-46-9]$")  # of z and h by other weights: a chart of its report
 # options of an evaluation that say of which data its scores are
@@ -113,11 +115,19 @@ def is_runs_page(file: Path) -> bool:
 
 
 def find_runs(folder: Path) -> list[RunFolder]:
-    """The runs in `folder` and below, by name. UserError where there is none, or a file is
-    damaged."""
-    runs = [open_run(found, folder) for found in sorted(run_folders(folder))]
+    """The runs in `folder` and below, by name. One whose files are damaged, or another program's,
+    is named and left out. UserError where there is none."""
+    runs = []
+    for found in sorted(run_folders(folder)):
+        try:
+            runs.append(open_run(found, folder))
+        except (UserError, OSError) as error:
+            print(f"left out: {error}", flush=True)
     if not runs:
-        raise UserError(f"{folder}: no run in it: no folder with config.yaml or result/config.yaml")
+        raise UserError(
+            f"{folder}: no run in it that can be read: no folder with config.yaml or "
+            "result/config.yaml"
+        )
     return runs
 
 
@@ -128,7 +138,7 @@ def run_folders(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
         here = Path(path)
         if is_run(here):
             yield here
-        names[:] = [name for name in names if name != "result" and not name.startswith(".")]
+        names[:] = [name for name in names if name not in OTHERS and not name.startswith(".")]
         if len(here.relative_to(folder).parts) >= depth:
             names.clear()
 
@@ -149,7 +159,7 @@ def open_run(folder: Path, root: Path, log_bytes: int | None = None) -> RunFolde
         run.log = read_log(log)
     if (result / "metrics.json").is_file():
         found = read_json(result / "metrics.json", kind=dict)
-        run.metrics = {key: float(value) for key, value in flat(found) if is_number(value)}
+        run.metrics = {key: float(value) for key, value in flat(found) if is_drawn(value)}
         file = result / "config.yaml"
         given = read_yaml(file)[0] if file.is_file() else {}
         given["checkpoint"] = found.get("checkpoint")
@@ -170,6 +180,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise
     return rows
+
+
+def is_drawn(value: object) -> bool:
+    """Whether a value is a number that has a place in a chart: others' logs have NaN, too."""
+    return is_number(value) and abs(value) < LARGEST
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -200,10 +215,10 @@ def overview(runs: Sequence[RunFolder], root: Path) -> Markup:
     rows = []
     for number, run in enumerate(runs, 1):
         name = link(run.name, os.path.relpath(run.page, root)) if run.page else run.name
-        training = [row for row in run.log if is_number(row.get("loss"))]
+        training = [row for row in run.log if is_drawn(row.get("loss"))]
         last = training[-1] if training else {}
         loss = f"{last['loss']:.4g}" if last else ""
-        epochs = f"{last['epoch']:.1f}" if "epoch" in last else ""
+        epochs = f"{last['epoch']:.1f}" if is_drawn(last.get("epoch")) else ""
         rows.append((name, number, run.steps or "", epochs, loss, len(run.metrics) or ""))
     return table(("run", "number", "updates", "epochs", "last loss", "scores"), rows)
 
@@ -218,13 +233,17 @@ def curves(runs: Sequence[RunFolder]) -> list[Markup]:
         series = {str(number): points(run, key) for number, run in enumerate(runs, 1)}
         if len({value for line in series.values() for _, value in line}) > 1:  # it changes
             charts.append(line_chart(series, title=key))
-    return charts[:CURVES]
+        if len(charts) == CURVES:
+            break
+    return charts
 
 
 def points(run: RunFolder, key: str) -> list[tuple[float, float]]:
     """(update, value) of one quantity, at most about POINTS of them."""
     found = [
-        (row["step"], row[key]) for row in run.log if is_number(row.get(key)) and "step" in row
+        (row["step"], row[key])
+        for row in run.log
+        if is_drawn(row.get(key)) and is_drawn(row.get("step"))
     ]
     every = max(1, len(found) // POINTS)
     return [*found[:-1:every], *found[-1:]]

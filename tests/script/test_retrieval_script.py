@@ -10,8 +10,11 @@ import pytest
 import torch
 
 import Retrieval
+from base.errors import UserError
 from dataset.digitscenes.build import Request, build
 from evaluation import retrieval
+from evaluation.report.retrieval import save_rankings
+from evaluation.retrieval import Ranking
 from runtime.checkpoint import read_weights
 from runtime.config.cli import parse
 from scripts import report
@@ -231,6 +234,33 @@ def test_report_is_one_file_that_needs_nothing_else(data, finetuned, tmp_path, m
     )
     alone = re.sub(r"data:image/jpeg;base64,[A-Za-z0-9+/=]*", "", page)
     assert "http" not in alone
+
+
+def test_report_of_what_is_no_retrieval_is_one_sentence(tmp_path):
+    result = tmp_path / "result"
+    result.mkdir()
+    (tmp_path / "list.json").write_text(json.dumps([{"image": "a.png", "caption": ["x", "y"]}]))
+    saved = {"test_file": str(tmp_path / "list.json"), "image_root": ".", "image_res": 32}
+    saved |= {"max_words": 9, "text_encoder": str(tmp_path / "vocab.txt")}
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "x", "y"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    (result / "config.yaml").write_text(json.dumps(saved))
+
+    def said(metrics: dict) -> str:
+        (result / "metrics.json").write_text(json.dumps(metrics))
+        with pytest.raises(UserError) as caught:
+            report.main(parse(report.Config, ["--retrieval_dir", str(tmp_path)]))
+        return str(caught.value)
+
+    assert "no scores of a test_file by Retrieval.py" in said({"test": {"accuracy": 3}})
+    scores = {"test": {"r_mean": 1.0}}
+    file = result / "ranking_test.safetensors"
+    assert "ranking_test.safetensors" in said(scores)  # no such file
+    file.write_bytes(b"x")
+    assert "ranking_test.safetensors" in said(scores)
+    both = [Ranking(torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1), 3) for _ in range(2)]
+    save_rankings(file, *both)
+    assert "of another list than" in said(scores)
 
 
 @pytest.mark.parametrize(

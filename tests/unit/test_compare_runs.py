@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from base.errors import UserError
-from evaluation.report.runs import curves, find_runs, points, runs_page, write_index
+from evaluation.report.runs import curves, find_runs, points, read_log, runs_page, write_index
 
 
 def make_run(folder: Path, lr: float, losses: list[float], metrics: dict | None = None) -> None:
@@ -92,7 +92,39 @@ def test_a_log_whose_last_line_is_being_written_is_read(root):
     assert find_runs(root)[1].steps == 20
     log.write_text('{"step": 1, "lo\n' + log.read_text())
     with pytest.raises(UserError, match=r"log.jsonl, line 1"):
-        find_runs(root)
+        read_log(log)
+
+
+FOREIGN = [  # logs of other projects, for `step`, `epoch` and `loss` mean what they like there
+    '{"step": "1/9", "epoch": "1/3", "loss": 0.5}\n{"step": "2/9", "epoch": "1/3", "loss": 0.25}\n',
+    '{"step": 1, "loss": 1e308}\n{"step": 2, "loss": -1e308}\n{"step": 3, "loss": 1'
+    + "0" * 400
+    + "}\n",
+]
+
+
+@pytest.mark.parametrize("log", FOREIGN)
+def test_what_others_logged_ends_no_page(log, root, capsys):
+    (root / "theirs/result").mkdir(parents=True)
+    (root / "theirs/config.yaml").write_text("lr: 3\n")
+    (root / "theirs/log.jsonl").write_text(log)
+    (root / "theirs/result/metrics.json").write_text('{"a": 1, "c": 1' + "0" * 400 + "}")
+    theirs = find_runs(root)[2]
+    assert theirs.name == "theirs" and theirs.metrics == {"a": 1}
+    assert write_index(root / "a & b").is_file() and "not written" not in capsys.readouterr().out
+
+
+def test_folders_of_others_are_no_runs_or_named(root, capsys):
+    """W&B keeps a config.yaml in every run's folder; a damaged one costs its row alone."""
+    inside = root / "a & b/wandb/run-20260101-x1/files"
+    inside.mkdir(parents=True)
+    (inside / "config.yaml").write_text("lr:\n  value: 1\n")
+    (root / "hydra").mkdir()
+    (root / "hydra/config.yaml").write_text("- a\n- b\n")
+    (root / "deep/c/log.jsonl").write_text('{"step": 1, "lo\n{"step": 2}\n')
+    assert [run.name for run in find_runs(root)] == ["a & b", "zero_shot"]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "deep/c/log.jsonl, line 1" in said[0] and "hydra" in said[1]
 
 
 def test_no_run_is_one_sentence(tmp_path):

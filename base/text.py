@@ -1,6 +1,7 @@
 """Text and whole numbers as files of others write them."""
 
 import codecs
+import math
 import re
 import unicodedata
 from typing import Any
@@ -85,6 +86,17 @@ def whole_number(value: object) -> int | None:
     if isinstance(value, float):
         return int(value) if value.is_integer() else None
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def text_of(value: object) -> str | None:
+    """A text as it is, a number as its text (5.0, of pandas beside missing ones, as 5); None for NaN
+    and whatever else is no text."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    whole = whole_number(value)
+    return str(value if whole is None else whole)
 
 
 def id_text(value: object) -> str:

@@ -71,17 +71,19 @@ def make_examiner(image_root: Path, tokenizer: str, most: int, answer_list: Path
 
         encode = ClipTokenizer().encode
         ends = 2  # start and end
+        clean = str
     else:
-        from dataset.text.wordpiece import Tokenizer
+        from dataset.text.wordpiece import Tokenizer, pre_caption
 
         encode = Tokenizer(tokenizer).encode
         ends = 0
+        clean = partial(pre_caption, max_words=sys.maxsize)
 
     def tokens(text: str) -> int:
         return len(encode(text)) + ends
 
     answers = frozenset(read_answer_list(answer_list)) if answer_list else frozenset()
-    return Examiner(image_root, tokens, most, answers)
+    return Examiner(image_root, tokens, most, answers, clean)
 
 
 def problem_rows(part) -> list[tuple[str, str, str]]:

@@ -36,7 +36,7 @@ from base.distributed import World
 from base.errors import BadSample, UserError
 from base.pixels import pixels_digest
 from base.reading import read_json
-from base.text import as_list, lenient_text
+from base.text import as_list, is_blank, lenient_text
 from base.writing import atomic_write, check_folder_option, write_json
 from dataset.health.survey import open_list
 from dataset.images.clip import normalize, pixel_statistics
@@ -180,19 +180,23 @@ def with_records(part: Part, error_budget: float) -> Part:
 
 
 def beside_image(records: Sequence[dict], number: int) -> dict:
-    """A record without its image, which loader workers alone read where it lies in a tar."""
+    """A record without its image, which loader workers alone read where it lies in a tar; of one that
+    lacks a named member the key."""
     own = isinstance(records, ShardIndex) and not columns_of(records.title)
     if not own or "txt" not in records.endings(number):
-        return records[number]
+        try:
+            return {**records[number], "index": number}
+        except BadSample:
+            return {"key": records.name(number)}
     endings = [ending for ending in TEXTS if ending in records.endings(number)]
     members = {ending: records.read(number, ending) for ending in endings}
     return {"key": records.name(number), "caption": lenient_text(members["txt"]), **members}
 
 
 def first_caption(record: dict) -> str:
-    """The text beside an image; empty where there is none."""
+    """The first text beside an image that is not blank; empty where there is none."""
     try:
-        return next(iter(as_list(captions_of(record))), "")
+        return next((text for text in as_list(captions_of(record)) if not is_blank(text)), "")
     except BadSample:
         return ""
 
@@ -207,8 +211,13 @@ def image_of_part(
     part: Part, view: Callable[[Tensor], Tensor], root: Path, exif: bool, number: int
 ) -> dict:
     """An image of a part as the network sees it, and whether it could be read."""
+    records, number = part.records, part.start + number
+    if isinstance(records, ShardIndex):
+        record = {"image": records.image(number), "key": records.name(number)}
+    else:
+        record = {**records[number], "index": number}
     with reading(exif, grey=True) as noticed:  # an unreadable image is a grey one
-        image = view(image_of(part.records[part.start + number], root))
+        image = view(image_of(record, root))
     return {"image": image, "readable": not noticed.unreadable}
 
 

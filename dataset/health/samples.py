@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from base.errors import BadSample
 from base.image_names import existing
 from base.reading import is_file
-from base.text import as_list, is_blank
+from base.text import as_list, is_blank, lenient_text
 from base.zip_member import image_source
 from dataset.images.decode import decode_image, image_bytes, is_turned, reading
 from dataset.tasks.grounding import is_coordinate
-from dataset.tasks.record import captions_of, name_of
+from dataset.tasks.record import CAPTION_FIELDS, captions_of, labels_of, name_of
 
 TINY = 32  # pixels of the shorter side below which an image is called tiny
 HUGE = 25_000_000  # pixels
@@ -66,28 +66,29 @@ class Facts:
 @dataclass(frozen=True)
 class Examiner:
     """Looks at samples. tokens: the number of tokens of a text, of which a model takes `most`.
-    answers: those a question may have; none = any."""
+    answers: those a question may have; none = any. clean: what a method makes of a text first."""
 
     root: Path
     tokens: Callable[[str], int]
     most: int
     answers: frozenset[str] = frozenset()
+    clean: Callable[[str], str] = str
 
     def __call__(self, number: int, record: dict | BadSample) -> Facts:
         if isinstance(record, BadSample):
             return Facts(number, "", {"damaged shard": str(record)}, lost=record.lost or 1)
         facts = Facts(number, name_of(record))
+        facts.labels = label_texts(record)
         self._look_at_images(record, facts)
         self._look_at_texts(record, facts)
         self._look_at_answers(record, facts)
         facts.ids = [f"{name} {record[name]}" for name in ID_FIELDS if name in record]
-        labels = record.get("labels", record.get("label"))
-        if labels is not None:
-            facts.labels = [str(label) for label in as_list(labels)]
         return facts
 
     def _look_at_images(self, record: dict, facts: Facts) -> None:
         given = as_list(record.get("image") or record.get("images") or record.get("url") or [])
+        if isinstance(record.get("image"), list):
+            given = []  # only `images` are several
         if not given:
             facts.problems["no image"] = "neither image nor images"
         for image in given:
@@ -109,12 +110,14 @@ class Examiner:
         try:
             facts.texts = texts_of(record)
         except BadSample:
-            facts.problems["no caption"] = facts.name
+            problem = "empty text" if facts.labels else "no caption"  # which labels do without
+            facts.problems[problem] = facts.name
             return
-        if facts.texts and all(map(is_blank, facts.texts)):
+        cleaned = [self.clean(text) for text in facts.texts]
+        if facts.texts and all(map(is_blank, cleaned)) and not facts.labels:
             facts.problems["no text"] = facts.name
-        for text in facts.texts:
-            facts.lengths.append(self.tokens(text))
+        for text, clean in zip(facts.texts, cleaned, strict=True):
+            facts.lengths.append(self.tokens(clean))
             for problem in text_problems(text, facts.lengths[-1], self.most):
                 facts.problems.setdefault(problem, text)
 
@@ -218,9 +221,20 @@ def texts_of(record: dict) -> list[str]:
     for name in TEXT_FIELDS:
         if name != "caption" and isinstance(record.get(name), str):
             return [record[name]]
-    if "label" in record or "labels" in record:
+    if not any(field in record for field in CAPTION_FIELDS) and label_texts(record):
         return []
     return as_list(captions_of(record))
+
+
+def label_texts(record: dict) -> list[str]:
+    """The labels of a sample, as training reads them: of its fields, its .cls or .json; an empty list
+    where its kind has none."""
+    try:
+        field, values = labels_of(record)
+    except BadSample:  # a damaged .json, which captions alone do not need
+        return []
+    given = as_list(values[field]) if field else []
+    return [lenient_text(each).strip() if isinstance(each, bytes) else str(each) for each in given]
 
 
 def text_problems(text: str, length: int, most: int) -> list[str]:

@@ -12,6 +12,7 @@ from base.errors import UserError
 from base.names import is_hidden
 from base.pixels import pixels_digest
 from base.processes import in_processes
+from base.reading import first_letter
 from dataset.health.classes import Finding
 from dataset.health.duplicates import near_duplicates, same_bytes
 from dataset.health.samples import Examiner, Facts, Image
@@ -21,15 +22,16 @@ from dataset.sources.class_folder import SPLITS, are_splits, class_folders
 from dataset.sources.records import Records, image_names, published_remedy, state_of_entries
 from dataset.sources.remote import state_of
 from dataset.sources.shard_columns import split_columns
-from dataset.sources.shard_list import list_shards
+from dataset.sources.shard_list import list_shards, stated_samples
 from dataset.sources.shards import read_shard
-from dataset.sources.tables import METADATA, is_table
+from dataset.sources.tables import METADATA, is_table, parquet_files
 from dataset.tasks.classification import FolderRecords, is_shards
 from dataset.tasks.recognition import label_records
 
 BLOCK = 256  # entries a process takes at a time
 OFTEN = 10  # images that share a text from which on it is called repeated
-FORMAT = 4  # of kept facts: raise it when samples are looked at otherwise
+SAVED = ("dataset_info.json", "dataset_dict.json")  # in a saved data set
+FORMAT = 5  # of kept facts: raise it when samples are looked at otherwise
 MOST_GROUPS = 1000  # groups of duplicates that are kept
 
 
@@ -86,7 +88,7 @@ def open_list(data: str) -> Sequence[dict]:
     path = Path(data)
     if is_class_folder(path):
         return FolderRecords(data, class_folders(path), gaps=True)
-    if path.suffix.lower() in (".list", ".txt"):
+    if path.suffix.lower() in (".list", ".txt") and first_letter(path) not in b"[{":
         return label_records(path)
     if not is_table(data):
         records = Records(data, ())
@@ -103,10 +105,10 @@ def open_list(data: str) -> Sequence[dict]:
 
 
 def is_class_folder(path: Path) -> bool:
-    """Whether a path is a folder that holds a sub-folder a class and no texts."""
-    if not path.is_dir() or any(
-        (path / name).exists() for name in (*METADATA, "dataset_info.json", "dataset_dict.json")
-    ):
+    """Whether a path is a folder that holds a sub-folder a class and no texts or tables."""
+    if not path.is_dir() or parquet_files(path):
+        return False
+    if any((path / name).exists() for name in (*METADATA, *SAVED)):
         return False
     return any(path.iterdir()) and not any(
         file.suffix.lower() == ".txt" for file in files_below(path)
@@ -197,7 +199,8 @@ class Looking:
         """Changes with the samples and the settings."""
         if work.stop is None:
             name, query = split_columns(work.data)
-            return pixels_digest(FORMAT, self.settings, state_of(name), *([query] if query else []))
+            state = (state_of(name), stated_samples(name))
+            return pixels_digest(FORMAT, self.settings, *state, *([query] if query else []))
         entries = range(work.start, work.stop)
         state = state_of_entries(_opened(work.data), entries, self.root)
         return pixels_digest(FORMAT, self.settings, work.start, work.stop, state)
@@ -206,7 +209,8 @@ class Looking:
         examiner = _examiner(self.make_examiner)
         start = time.process_time()
         if work.stop is None:
-            records = enumerate(read_shard(work.data))
+            stated = stated_samples(split_columns(work.data)[0])
+            records = enumerate(read_shard(work.data, stated))
         else:
             entries = _opened(work.data)
             records = ((number, entries[number]) for number in range(work.start, work.stop))

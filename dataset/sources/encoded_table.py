@@ -38,12 +38,12 @@ def encoded_table(address: str, required: Sequence[str]) -> "EncodedTable | None
     if not parts:
         return None
     names = parts[0][2].names
-    if any(schema.names != names for _, _, schema in parts):
-        raise UserError(f"{path}: its files have different columns; name one file")
     used = columns_of(path, names, required, columns)
     kind = parts[0][2].field(used["image"].names[0]).type
     if not _holds_bytes(kind):
         return None
+    if any(set(schema.names) != set(names) for _, _, schema in parts):
+        raise UserError(f"{path}: its files have different columns; name one file")
     return EncodedTable(path, parts, used)
 
 
@@ -126,7 +126,8 @@ class EncodedTable(Sequence):
         taken = {name for each in self.used.values() for name in each.names}
         entry = {name: plain(value) for name, value in row.items() if name not in taken}
         for field, given in self.used.items():
-            entry[field], weights = given.read(row)
+            value, weights = given.read(row)
+            entry[field] = value if field == "image" else plain(value)
             if weights:
                 entry[f"{field}_weights"] = weights
         image = entry["image"]

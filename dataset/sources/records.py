@@ -16,7 +16,7 @@ import numpy as np
 from base.caches import cached_path, digest, one_builder, states_digest
 from base.errors import UserError, brief
 from base.reading import parse_entry, parse_first_entry
-from base.text import as_list, whole_number
+from base.text import as_list, text_of
 from base.writing import atomic_write
 from dataset.images.formats import is_image
 from dataset.sources.cached_tables import json_lines_of
@@ -92,8 +92,8 @@ class Records(Sequence):
     and required fields. File and index are memory-mapped: all processes of a machine share one
     copy, and pickling sends only the paths.
 
-    required: fields every entry must have. Raises UserError naming file, entry, line, field and
-    remedy.
+    required: fields every entry must have; none: entries are taken as they are, with texts where
+    texts belong. Raises UserError naming file, entry, line, field and remedy.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class _IndexedFile:
         # behind an entry there may be others that were left out
         parse = parse_first_entry if self._has_gaps else parse_entry
         try:
-            return with_texts(parse(self._data[start:end]), self._required)
+            return with_texts(parse(self._data[start:end]), self._required or FIELD_TYPES)
         except ValueError:
             raise UserError(f"{self._index}: damaged; delete it, it is made again") from None
 
@@ -299,7 +299,7 @@ def _place(path: Path, name: str, number: int, start: int) -> str:
     return f"{name}, entry {number} (the first is 0)"
 
 
-def with_texts(entry: object, required: Sequence[str]) -> object:
+def with_texts(entry: object, required: Iterable[str]) -> object:
     """An entry whose required fields are texts where texts belong.
 
     A number becomes its text (an image called 4705552913); of a list of texts null and whatever
@@ -314,12 +314,11 @@ def with_texts(entry: object, required: Sequence[str]) -> object:
             value = entry[field] = None  # pandas writes a missing text so
         if type(value) is list and list in types:
             if not all(type(item) is str for item in value):
-                entry[field] = [str(item) for item in value if _is_textual(item)]
+                entry[field] = [text for text in map(text_of, value) if text is not None]
         elif int in types and type(value) is float and value.is_integer():
             entry[field] = int(value)  # of pandas, beside missing ones
         elif str in types and int not in types and type(value) in (int, float):
-            whole = whole_number(value)  # of pandas, 5.0 for a file called 5
-            entry[field] = str(value if whole is None else whole)
+            entry[field] = text_of(value)
         elif value is None and list in types and field in entry:
             entry[field] = []
     return entry
@@ -332,7 +331,7 @@ def odd_items(entry: object, required: Sequence[str]) -> dict[str, object]:
         value = entry.get(field)
         if type(value) is list and list in FIELD_TYPES.get(field, ()):
             for item in value:
-                if item is not None and item == item and not _is_textual(item):
+                if item is not None and item == item and text_of(item) is None:
                     odd.setdefault(field, item)
     return odd
 
@@ -343,12 +342,6 @@ def _nothing_left(entry: dict, odd: dict[str, object]) -> str | None:
         if not entry[field]:
             return f"field {field!r} must be texts, not {type(item).__name__} ({brief(item)}); fix the entry"
     return None
-
-
-def _is_textual(item: object) -> bool:
-    if isinstance(item, float):
-        return math.isfinite(item)
-    return isinstance(item, str | int) and not isinstance(item, bool)
 
 
 def _fault(entry: object, required: Sequence[str]) -> str | None:

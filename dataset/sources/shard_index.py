@@ -5,7 +5,7 @@ compressed are copied, decompressed, into the cache.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from dataset.sources.shard_columns import (
     plain_name,
 )
 from dataset.sources.shards import example_record, member_record
+from dataset.sources.tables import Columns
 from dataset.sources.tar import Sample, TarWalk, no_image, read_samples
 from dataset.sources.tfrecord import is_tfrecord, read_frames
 
@@ -87,9 +88,11 @@ class ShardIndex(Sequence):
         """The record of a sample. Raises BadSample."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
+        return self._record(index, columns_of(self.names[self.shard[index]]))
+
+    def _record(self, index: int, columns: Mapping[str, Columns]) -> dict:
         number = self.shard[index]
         name = plain_name(self.names[number])
-        columns = columns_of(self.names[number])
         if self._is_example(index):
             first = self.first[index]
             with open(self.files[number], "rb") as file:
@@ -137,11 +140,13 @@ class ShardIndex(Sequence):
         raise KeyError(ending)
 
     def image(self, index: int) -> bytes:
-        """The encoded image of a sample."""
+        """The encoded image of a sample, whatever else it lacks."""
+        columns = columns_of(self.names[self.shard[index]])
         if self._is_example(index):
-            return self[index]["image"]
+            own = {field: given for field, given in columns.items() if field == "image"}
+            return self._record(index, own)["image"]
         endings = self.endings(index)
-        kinds = image_kinds(columns_of(self.names[self.shard[index]]))
+        kinds = image_kinds(columns)
         return self.read(index, next(kind for kind in kinds if kind in endings))
 
     def _is_example(self, index: int) -> bool:

@@ -261,7 +261,7 @@ def samples_of(shards: Sequence[str]) -> list[int]:
 def count_of(shard: str) -> int:
     """Samples of one shard: as its statistics say, else as the cache says, else counted."""
     try:
-        counted = _from_statistics(shard)
+        counted = stated_samples(shard)
         if counted is not None:
             return counted
         key = digest(COUNT_VERSION, state_of(shard))
@@ -289,7 +289,8 @@ def statistics_names(shard: str) -> list[str]:
     )
 
 
-def _from_statistics(shard: str) -> int | None:
+def stated_samples(shard: str) -> int | None:
+    """Samples of a shard as its statistics say; None where there are none."""
     for name in statistics_names(shard):
         try:
             successes = parse_json(read_file(name), name, dict)["successes"]

@@ -22,7 +22,7 @@ from base.distributed import on_main, rank_0_first
 from base.errors import BadSample, UserError, brief, unknown
 from base.knobs import knob
 from base.reading import first_letter, read_json
-from base.text import as_list, id_text
+from base.text import as_list, id_text, is_blank
 from dataset.images.clip import ImageViews
 from dataset.loading.stream import RecordSource
 from dataset.sources.cached_tables import made_once
@@ -30,7 +30,7 @@ from dataset.sources.left_out import LeftOut
 from dataset.sources.records import Records, published_remedy
 from dataset.sources.shards import shard_sources
 from dataset.sources.tables import is_table
-from dataset.tasks.record import captions_of, image_of, weights_of
+from dataset.tasks.record import captions_of, image_of, name_of, weights_of
 from dataset.text.augment import TextViews
 from dataset.text.bpe import ClipTokenizer
 
@@ -346,6 +346,8 @@ class ImageTextPair:
 
     def __call__(self, record: dict) -> dict:
         captions = as_list(captions_of(record))
+        if all(map(is_blank, captions)):
+            raise BadSample(f"{name_of(record)}: no caption, only blanks")
         view, local = self.image_views(image_of(record, self.root))
         sample = {"image": view, "texts": self.text_views(captions, weights_of(record, captions))}
         return sample if local is None else sample | {"image_local": local}

@@ -48,15 +48,14 @@ from dataset.sources.class_folder import (
 from dataset.sources.flat_folder import flat_folder, is_flat
 from dataset.sources.hub import is_hub
 from dataset.sources.records import Records
-from dataset.sources.shard_columns import json_in, plain_name, split_columns
+from dataset.sources.shard_columns import plain_name, split_columns
 from dataset.sources.shard_index import ERROR_BUDGET, ShardIndex
 from dataset.sources.shard_list import is_shard, list_shards, shared_shards
 from dataset.sources.shards import ShardSource
 from dataset.sources.tables import TABLES, address_state, parse_address
-from dataset.tasks.record import image_of
+from dataset.tasks.record import LABEL_FIELDS, image_of, labels_of
 from dataset.tasks.torchvision_sets import TorchvisionRecords
 
-LABEL_FIELDS = ("labels", "label", "cls")
 SAMPLED = 10_000  # entries of a list by which the fraction with labels is estimated
 
 
@@ -96,12 +95,7 @@ class Labels:
 
         Raises BadSample where the record has no label, UserError for a class that does not exist.
         """
-        values = record
-        if isinstance(record.get("json"), bytes):
-            values = record | json_in(record["json"], f"{self._name(record)}.json")
-        field = next(
-            (name for name in LABEL_FIELDS if values.get(name) not in (None, [], b"")), None
-        )
+        field, values = labels_of(record)
         if field is None:
             raise BadSample(
                 f"{self._name(record)}: no label ({', '.join(LABEL_FIELDS)}, or .json with one of them)"

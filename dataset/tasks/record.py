@@ -7,13 +7,15 @@ from torch import Tensor
 
 from base.errors import BadSample, brief
 from base.image_names import ImageKeys
-from base.text import as_list, clean_surrogates, lenient_text
+from base.text import as_list, clean_surrogates, lenient_text, text_of
 from base.zip_member import image_source
 from dataset.images.decode import decode_image
 from dataset.sources.json_entries import weights_fault
 from dataset.sources.shard_columns import json_in
 
 CAPTION_FIELDS = ("caption", "captions/text")  # the second in TFRecords as COYO-ALIGN's
+
+LABEL_FIELDS = ("labels", "label", "cls")  # the last is WebDataset's
 
 
 def name_of(record: dict) -> str:
@@ -24,7 +26,8 @@ def name_of(record: dict) -> str:
 
 
 def captions_of(record: dict) -> str | list[str]:
-    """A record's caption: one text, or a list of one or more. BadSample where there is none."""
+    """A record's caption: one text, or a list of one or more; numbers are texts, null among texts is
+    none. BadSample where there is no caption."""
     field = next((name for name in CAPTION_FIELDS if name in record), None)
     if field is None:
         other = "; ?caption=MEMBER behind the shards names another" if "key" in record else ""
@@ -34,10 +37,22 @@ def captions_of(record: dict) -> str | list[str]:
         if "\n" in given.strip() and _packed(record):
             return _packed_captions(record) or clean_surrogates(given)
         return clean_surrogates(given)
-    texts = [lenient_text(text) if isinstance(text, bytes) else text for text in as_list(given)]
-    if not texts or not all(isinstance(text, str) for text in texts):
+    items = [item for item in as_list(given) if item is not None and item == item]
+    found = [lenient_text(item) if isinstance(item, bytes) else text_of(item) for item in items]
+    texts = [clean_surrogates(text) for text in found if text is not None]
+    if not texts or len(texts) < len(found):
         raise BadSample(f"{name_of(record)}: {field} is {brief(given)}, not one or more texts")
-    return [clean_surrogates(text) for text in texts]
+    return texts
+
+
+def labels_of(record: dict) -> tuple[str | None, dict]:
+    """The field that holds a record's labels, none where there are none, and the record with what
+    its .json in a shard holds. BadSample where that is damaged."""
+    values = record
+    if isinstance(record.get("json"), bytes):
+        values = record | json_in(record["json"], f"{name_of(record)}.json")
+    fields = (name for name in LABEL_FIELDS if values.get(name) not in (None, [], b""))
+    return next(fields, None), values
 
 
 def weights_of(record: dict, captions: str | list[str]) -> list[float] | None:

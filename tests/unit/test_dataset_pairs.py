@@ -345,7 +345,7 @@ def test_perfect_features_score_perfectly_with_a_row_for_every_caption(tmp_path)
 
 def test_a_record_without_usable_caption_is_a_bad_sample(folder):
     build = PretrainPair(PretrainTransform(64), folder)
-    for caption in ([], 3, {"a": 1}, [None], b""):
+    for caption in ([], True, {"a": 1}, [None], [["a"], "b"], b""):
         with pytest.raises(BadSample):
             build({"image": "0.jpg", "caption": caption, "index": 4})
     with pytest.raises(BadSample, match=r"x\.tar/1: no caption"):

@@ -62,7 +62,7 @@ def model_card(source: Source, written: Written, facts: CardFacts) -> str:
         "",
         "## Results",
         "",
-        *results(source.file.parent),
+        *results(source.file),
         "",
         "## Training configuration",
         "",
@@ -91,20 +91,25 @@ def data_names(config: Mapping[str, Any], keys: Sequence[str]) -> str:
     return ", ".join(found)
 
 
-def results(folder: Path) -> list[str]:
-    """The figures of result/metrics.json beside the weights, as a table."""
-    file = folder / "result/metrics.json"
+def results(weights: Path) -> list[str]:
+    """The figures of result/metrics.json beside the weights, as a table; first of which checkpoint
+    they are, where that is called otherwise."""
+    file = weights.parent / "result/metrics.json"
     if not file.is_file():
         return ["None are recorded beside the weights."]
-    rows = list(leaves(read_json(file, dict)))
+    found = read_json(file, dict)
     lines = ["| figure | value |", "|---|---|"]
-    return lines + [f"| {name} | {rounded(value, 4)} |" for name, value in rows]
+    lines += [f"| {name} | {rounded(value, 4)} |" for name, value in leaves(found)]
+    scored = Path(str(found.get("checkpoint") or weights)).name
+    if scored in (weights.name, weights.parent.name, "None"):
+        return lines
+    return [f"Of the checkpoint {scored}:", "", *lines]
 
 
 def leaves(values: Mapping[str, Any], before: str = ""):
     """(name, number) of every number in nested dictionaries."""
     for key, value in values.items():
-        name = f"{before} {key}".strip()
+        name = f"{before} {public(key)}".strip()
         if isinstance(value, Mapping):
             yield from leaves(value, name)
         elif isinstance(value, int | float) and not isinstance(value, bool):

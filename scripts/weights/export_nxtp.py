@@ -1,7 +1,7 @@
 """NXTP for others.
 
 safetensors   our own names, with config.yaml and the tokenizer
-hf            decoder/ (transformers' LlamaForCausalLM), vision/ (CLIPVisionModel) and
+hf            decoder/ (transformers' LLaMA, Qwen2 or Qwen3), vision/ (CLIPVisionModel) and
               projection.safetensors, which joins them
 onnx          image.onnx, prefill.onnx, step.onnx: see scripts/weights/export_recognition.py
 """
@@ -116,10 +116,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, CLIPVisionModel, LlamaForCausalLM
+from transformers import AutoImageProcessor, AutoModelForCausalLM, CLIPVisionModel
 
 vision = CLIPVisionModel.from_pretrained("vision").eval()
-decoder = LlamaForCausalLM.from_pretrained("decoder").eval()
+decoder = AutoModelForCausalLM.from_pretrained("decoder").eval()  # LLaMA, Qwen2 or Qwen3
 joint = load_file("projection.safetensors")
 processor = AutoImageProcessor.from_pretrained("vision")
 image = processor(Image.new("RGB", (64, 48), "red"), return_tensors="pt")

@@ -96,9 +96,11 @@ def public(value: Any) -> Any:
         return [public(inner) for inner in value]
     if not isinstance(value, str):
         return value
+    value = re.sub(r"file://(?=/)", "", value)
     if value.startswith(("/", "~", "./", "../")):
         return Path(value).name
-    value = re.sub(r"file://(?=/)", "", value)
+    if kind := re.match(r"[\w.-]+:(?=~|\.{0,2}/(?!/))", value):  # imagefolder:/home/me/a b
+        return kind[0] + public(value[kind.end() :])
     value = re.sub(r"(?<=://)[^/@\s]*@", "", value)
     value = re.sub(r"(://[^\s?]*)\?\S*", r"\1", value)
     return LOCAL_PATH.sub(lambda found: Path(found[0]).name, value)

@@ -267,10 +267,11 @@ def test_a_run_is_exported_with_its_tokenizer_and_without_the_paths_of_the_machi
     [
         ("/home/me/a b/list.json", "list.json"),
         ("~/list.json", "list.json"),
-        ("imagefolder:/home/me/photos", "imagefolder:photos"),
+        ("imagefolder:/home/me/my photos", "imagefolder:my photos"),
         ("hf//home/me/bert", "hf//home/me/bert"),
         ("pipe:cat /home/me/{00..10}.tar", "pipe:cat {00..10}.tar"),
-        ("file:///home/me/a.tar", "a.tar"),
+        ("file:///home/me/a b.tar", "a b.tar"),
+        ("/home/me/a.tar::/home/me/b.tar", "b.tar"),
         ("shards?labels=/home/me/l.json", "shards?labels=l.json"),
         ("https://me:hf_x@hub.co/a.tar", "https://hub.co/a.tar"),
         ("s3://bucket/a.tar?X-Amz-Signature=9f", "s3://bucket/a.tar"),

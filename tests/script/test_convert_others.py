@@ -10,6 +10,7 @@ import torch
 
 from base.pixels import HALF, Pixels
 from base.reading import read_json
+from base.writing import write_json
 from dataset.images.clip import normalize, pixel_statistics
 from dataset.text.wordpiece import Tokenizer
 from models.classification.classifier import ClassifierConfig, VisionClassifier
@@ -211,6 +212,26 @@ def test_nxtp_in_transformers(tmp_path, monkeypatch):
         x = torch.cat([images, decoder.get_input_embeddings()(ids)], 1)
         found = decoder(inputs_embeds=x, attention_mask=bias).logits[:, n:]
     torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_the_program_of_the_card_opens_the_decoder_that_it_is(kind, tmp_path, monkeypatch):
+    """As LlamaForCausalLM, Qwen's would lose their biases, or the norms of their heads."""
+    from models.layers.llama import Llama, LlamaConfig
+    from models.weights import llama
+
+    more = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}.get(kind, {})
+    geometry = LlamaConfig(dim=32, n_layers=1, n_heads=4, vocab_size=40, multiple_of=16, **more)
+    weights = llama.to_hugging_face(Llama(geometry).state_dict(), geometry)
+    export_safetensors(weights, tmp_path / "decoder/model.safetensors")
+    values = llama.hugging_face_values(geometry)
+    write_json(tmp_path / "decoder/config.json", values)
+    lines = export_nxtp.HUGGING_FACE_EXAMPLE.splitlines()
+    lines = [line for line in lines if "import" in line or line.startswith("decoder =")]
+    printed = run_example(
+        tmp_path, "\n".join([*lines, "print(type(decoder).__name__)"]), monkeypatch
+    )
+    assert printed.split() == [f"{kind.capitalize()}ForCausalLM"]
 
 
 def test_nxtp_is_exported_with_its_tokenizer(tmp_path):

@@ -29,7 +29,7 @@ def trained(folder):
     config = {"network": network, "train_data": "/home/me/secret/shards", "val_data": "digits"}
     save_run(folder, VisionClassifier(ClassifierConfig(**network)), config)
     (folder / "result").mkdir()
-    scores = {"val": {"acc1": 91.234567}, "classes": 5}
+    scores = {"val": {"acc1": 91.234567}, "classes": 5, "imagefolder:/home/me/x": {"acc1": 1}}
     (folder / "result/metrics.json").write_text(json.dumps(scores))
     return folder
 
@@ -135,6 +135,13 @@ def test_the_card_says_what_is_known_and_what_is_not(tmp_path):
     assert data_names(alone, TRAINED) == "wds (dataset), cc3m (shards)"
     assert "- Licence of the data: unknown." in body
     assert "| val acc1 | 91.23 |" in body and "vit-mu/8: " in body
+    assert "Of the checkpoint" not in card and "| imagefolder:x acc1 | 1 |" in card
+    metrics = source.file.parent / "result/metrics.json"
+    metrics.write_text(
+        metrics.read_text().replace("{", '{"checkpoint": "out/checkpoint_best.pt", ', 1)
+    )
+    later = model_card(source, written, CardFacts(name="tiny"))
+    assert "Of the checkpoint checkpoint_best.pt:\n\n| figure" in later
     assert "secret" not in card and "/home/me" not in card
     assert re.search(r"commit ([0-9a-f]{40}|unknown)\.", body)
 

@@ -143,7 +143,8 @@ def image_embedder(config: Config, world: World) -> BatchEmbedder:
         with autocast():
             return {"z": encoder(image if encoder.view else normalize(image, statistics))}
 
-    signature = digest(eval_knn.fingerprint(encoder), in_words, encoder.pixels, config.score)
+    how = (in_words, encoder.pixels, config.score, config.precision, world.device.type)
+    signature = digest(eval_knn.fingerprint(encoder), *how)
     return BatchEmbedder(encoder, view, images, None, None, signature)
 
 

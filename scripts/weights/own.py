@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from base.errors import UserError
 from base.writing import make_folder, write_json, write_text
 from runtime.checkpoint import export_safetensors
 from runtime.config.from_checkpoint import BESIDE
@@ -33,11 +34,11 @@ def write_own(
     """model.safetensors and what the scripts read beside it: of a run its config.yaml and its
     tokenizer, of others' weights their JSON files. network: of a checkpoint that states it otherwise.
     """
+    config = movable(source, options, folder)
     export_safetensors(source.weights, folder / "model.safetensors")
     for name in BESIDE:
         if name in source.about:
             write_json(folder / name, public(source.about[name]), indent=2)
-    config = movable(source, options, folder)
     if network:
         config["network"] = dict(network)
     if config:
@@ -61,7 +62,19 @@ def movable(source: Source, options: Options, folder: Path) -> dict[str, Any]:
     network = saved.get("network")
     if isinstance(network, Mapping):
         found["network"] |= {name: network[name] for name in OF_LIBRARIES if name in network}
+        check_pushed(network, options)
     return found | {"output_dir": "."} if found else {}
+
+
+def check_pushed(network: Mapping[str, Any], options: Options) -> None:
+    """UserError for a network in a library's folder on this machine, which an upload would lack."""
+    for name in OF_LIBRARIES:
+        path = re.sub("^(hf/|open_clip/local-dir:)", "", str(network.get(name)))
+        if options.repository and path != network.get(name) and Path(path).exists():
+            raise UserError(
+                f"--push: {name} {network[name]} is a folder of this machine, without which the "
+                "weights do not open: use --to hf, open_clip or onnx"
+            )
 
 
 def copied(name: str, path: Path, folder: Path) -> str:

@@ -120,6 +120,18 @@ def test_other_pixels_are_other_embeddings(tmp_path):
         assert script.dual_embedder(config, ALONE).signature != before
 
 
+def test_another_precision_is_other_features(tmp_path):
+    """By the signature alone the demo knows whether its index is of them."""
+    from base.distributed import ALONE
+
+    words = {"data": ["x"], "model": "timm/test_vit", "random_weights": True, "texts": False}
+    found = [
+        script.image_embedder(script.Config(**words, precision=precision), ALONE).signature
+        for precision in ("fp32", "bf16", "fp32")
+    ]
+    assert found[0] == found[2] != found[1]
+
+
 def test_shards_and_two_processes_give_the_same(checkpoint, images, tmp_path):
     words = ["--data", images / "{00000..00001}.tar", "--checkpoint", checkpoint, "--batch_size", 2]
     words += ["--half", "false"]

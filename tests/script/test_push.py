@@ -15,8 +15,9 @@ from base.errors import UserError
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from scripts.weights import convert as convert_script
 from scripts.weights.card import TRAINED, CardFacts, check_repository, data_names, model_card
+from scripts.weights.own import movable
 from scripts.weights.push import push
-from scripts.weights.source import Written, open_source
+from scripts.weights.source import Options, Source, Written, open_source
 from tests.helpers.exported import run_example, save_run
 from tests.helpers.main_runs import ROOT
 from tests.helpers.stand_in_hub import TOKEN, stand_in_hub
@@ -95,6 +96,21 @@ def test_nothing_is_uploaded_but_this_export(tmp_path, monkeypatch, capsys):
     (out / "notes/secret.txt").unlink()
     assert convert_script.main([*words, "timm"]) == 2 and len(uploads) == 2
     assert "holds config.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["hf/{}", "open_clip/local-dir:{}", pytest.param("hf/me/on_the_hub", id="hub")]
+)
+def test_weights_that_need_a_folder_of_this_machine_are_not_pushed(name, tmp_path):
+    name = name.format(tmp_path)
+    about = {"config": {"network": {"model": name}}}
+    source = Source(file=tmp_path / "x", weights={}, about=about, family="clip")
+    assert movable(source, Options(), tmp_path)["network"]["model"] == name
+    if name == "hf/me/on_the_hub":
+        assert movable(source, Options(repository="me/x"), tmp_path)["network"]["model"] == name
+        return
+    with pytest.raises(UserError, match="is a folder of this machine"):
+        movable(source, Options(repository="me/x"), tmp_path)
 
 
 @pytest.mark.slow

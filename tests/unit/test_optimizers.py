@@ -17,6 +17,7 @@ from runtime.optim.build import (
     set_learning_rate,
 )
 from runtime.optim.layer_decay import layer_scales
+from runtime.optim.muon import is_hidden_matrix
 from tests.helpers.clip_toys import toy
 
 CPU = torch.device("cpu")
@@ -115,6 +116,27 @@ def test_muon_updates_hidden_matrices_and_adamw_the_rest():
         "visual.patch_embed.proj.weight",
     } <= rest
     assert "logit_scale" in rest and "visual.norm.weight" in rest
+
+
+@pytest.mark.parametrize(
+    ("model", "tables"),
+    [
+        ("swin_tiny_patch4_window7_224", "relative_position_bias_table"),
+        ("levit_128s", "attention_biases"),
+        ("mvitv2_tiny", "rel_pos_h"),
+    ],
+)
+def test_muon_takes_no_tables_of_relative_positions(model, tables):
+    """A row is looked up by distance, as one of an embedding: of timm's towers only what multiplies
+    is a matrix."""
+    import timm
+
+    with torch.device("meta"):
+        tower = timm.create_model(model, num_classes=0)
+    multiplied = {m.weight for m in tower.modules() if isinstance(m, nn.Linear)}
+    named = dict(tower.named_parameters())
+    assert any(tables in name and parameter.ndim == 2 for name, parameter in named.items())
+    assert {p for name, p in named.items() if is_hidden_matrix(name, p)} == multiplied
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")

@@ -1,7 +1,8 @@
 """Data sets of torchvision: images with a class each, in its own files."""
 
 import inspect
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,14 +56,30 @@ class TorchvisionRecords(Sequence):
         return {"pixels": pixels, "label": label}
 
     def content(self) -> str:
-        """A digest of its images: of their values where it holds them, else of all files below its
-        folder."""
+        """A digest of its images: of their values where it holds them, else of their files."""
         held = getattr(self.data, "data", None)
         if isinstance(held, np.ndarray | Tensor):
             labels = getattr(self.data, "targets", getattr(self.data, "labels", None))
             return digest(np.asarray(held).tobytes(), np.asarray(labels).tobytes())
-        root = Path(str(getattr(self.data, "root", "") or "."))
-        return states_digest(files_below(root))
+        return states_digest(own_files(self.data))
+
+
+def own_files(data) -> Iterator[Path]:
+    """The files of torchvision's data set: of class folders its images, else all below the folders
+    that it names inside its root, where other sets may lie beside; where it names none, all there."""
+    from torchvision.datasets import DatasetFolder
+
+    if isinstance(data, DatasetFolder):
+        yield from (Path(path) for path, _ in data.samples)
+        return
+    root = Path(str(getattr(data, "root", "") or "."))
+    named = [value for value in vars(data).values() if isinstance(value, Path | str)]
+    named = [Path(value) for value in named if isinstance(value, Path) or os.sep in value]
+    named.append(root / str(getattr(data, "base_folder", "")))  # CelebA's
+    inside = [path.relative_to(root).parts[:1] for path in named if path.is_relative_to(root)]
+    folders = {root.joinpath(*first) for first in inside if first and (root / first[0]).is_dir()}
+    for folder in sorted(folders) or [root]:
+        yield from files_below(folder)
 
 
 def split_options(name: str, split: str, named: str = "") -> dict[str, object]:

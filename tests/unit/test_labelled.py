@@ -428,6 +428,29 @@ def test_the_key_of_a_torchvision_set_changes_with_its_images_behind_links(tmp_p
     assert len(records) > 1 and records.content() != before
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_key_of_a_torchvision_set_is_of_its_own_folder(tmp_path, monkeypatch, relative):
+    """What lies beside it in torchvision's root is not even looked at."""
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / "food-101/images", ("cake", "soup"))
+    files = sorted((tmp_path / "food-101/images").rglob("*.*"))
+    (tmp_path / "food-101/meta").mkdir()
+    lists = {
+        name: [f"{name}/{f.stem}" for f in files if f.parent.name == name]
+        for name in ("cake", "soup")
+    }
+    for split in ("train", "test"):
+        (tmp_path / f"food-101/meta/{split}.json").write_text(json.dumps(lists))
+    folder_of(tmp_path / "test", ("cat",))  # another set, of a split's name
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")  # a walk of the root would stop here
+    records = TorchvisionRecords("Food101", Path(".") if relative else tmp_path, "test")
+    before = records.content()
+    folder_of(tmp_path / "beside", ("dog",))
+    assert len(records) == len(files) and records.content() == before
+    files[0].write_bytes(jpeg(10, (40, 40)))
+    assert records.content() != before
+
+
 def test_the_key_of_a_list_changes_with_its_images_and_their_folder(tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()

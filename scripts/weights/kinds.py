@@ -45,21 +45,24 @@ def align_to_hf(source: Path, dest: Path) -> str:
 
     from models.dual_encoder.align import Align
     from models.weights.align import align_config, is_align
+    from models.weights.any_dual_encoder import COYO_ALIGN_SIDE
     from models.weights.loading import compare_state
     from runtime.checkpoint import read_weights
+    from runtime.config.from_checkpoint import description_of
     from scripts.weights.export_dual import write_align
 
     weights = read_weights(source)
     if not is_align(weights):
         raise UserError(f"{source}: no ALIGN model")
     make_folder(dest, "DEST")
+    side = description_of(source).get("network", {}).get("image_size", COYO_ALIGN_SIDE)
     with torch.device("meta"):
-        model = Align(align_config(weights))
+        model = Align(align_config(weights, side))
     found = compare_state(model.state_dict(), weights)
     if found.missing or found.mismatched:
         raise UserError(f"{source}: not all of an ALIGN model\n{found.text()}")
     write_align(weights, model, dest)
-    return f"{dest}: config.json, model.safetensors; the tokenizer is bert-base-uncased, images 289 pixels"
+    return f"{dest}: config.json, model.safetensors; the tokenizer is bert-base-uncased, images {side} pixels"
 
 
 def coyo_vit_from_tf(source: Path, dest: Path) -> str:
@@ -77,15 +80,22 @@ def coyo_vit_from_tf(source: Path, dest: Path) -> str:
 def coyo_vit_to_hf(source: Path, dest: Path) -> str:
     from models.classification.classifier import ClassifierConfig
     from models.weights.any_image_encoder import config_of_weights
+    from models.weights.loading import from_saved
     from models.weights.vit import native
     from runtime.checkpoint import read_weights
+    from runtime.config.from_checkpoint import description_of
     from scripts.weights.export_vit import write_transformers
 
     weights = native(read_weights(source))
-    config = ClassifierConfig(**config_of_weights(weights))
+    network = description_of(source).get("network")  # of a run: COYO-ViT's activation, or another
+    if network is None:
+        network = config_of_weights(weights)
+    config = from_saved(ClassifierConfig, network)
     make_folder(dest, "DEST")
     kind = write_transformers(weights, config, dest)
-    return f"{dest}: config.json, model.safetensors; {kind}, images of {config.image_size} pixels in -1..1"
+    mean, std = config.statistics
+    pixels = f"images of {config.image_size} pixels, mean {mean} and std {std} of values 0..1"
+    return f"{dest}: config.json, model.safetensors; {kind}, {pixels}"
 
 
 def merge(source: Path, dest: Path) -> str:

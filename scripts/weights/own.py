@@ -48,7 +48,7 @@ def write_own(
 
 def movable(source: Source, options: Options, folder: Path) -> dict[str, Any]:
     """The run's configuration for a folder that may lie anywhere: the files that its network needs
-    are copied into it, and no other path is told."""
+    are copied into it, and no other path stays."""
     saved = dict(source.about.get("config", {}))
     if source.family == "nxtp" and saved.get("llama"):
         saved["tokenizer"] = saved.get("tokenizer") or saved["llama"]

@@ -226,7 +226,7 @@ def rocket_file(folder, model: str):
     "kind", ["hf", pytest.param("CLIP_VITT8", marks=pytest.mark.slow), "CLIP_VITT8_CLIP"]
 )
 def test_weights_of_others_can_be_opened_after_their_export(kind, tmp_path):
-    """What told their network lies beside them again: config.json, or the section of a run."""
+    """What described their network lies beside them again: config.json, or the section of a run."""
     if kind == "hf":
         source = tmp_path / "hf/model.safetensors"
         run(openai_files(tmp_path / "files", VIT), "hf", tmp_path / "hf")
@@ -263,7 +263,7 @@ def test_a_run_is_exported_with_its_tokenizer_and_without_the_paths_of_the_machi
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "shown"),
     [
         ("/home/me/a b/list.json", "list.json"),
         ("~/list.json", "list.json"),
@@ -280,8 +280,8 @@ def test_a_run_is_exported_with_its_tokenizer_and_without_the_paths_of_the_machi
         ({"/home/me/a.json": ["../b/c.csv", 3]}, {"a.json": ["c.csv", 3]}),
     ],
 )
-def test_what_is_told_of_paths_and_addresses(value, told):
-    assert public(value) == told
+def test_what_is_shown_of_paths_and_addresses(value, shown):
+    assert public(value) == shown
 
 
 # ----------------------------------------------------------------------------------------- errors

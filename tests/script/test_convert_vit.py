@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from runtime.checkpoint import export_safetensors
 from scripts.weights import convert
+from tests.helpers.exported import save_run
 from tests.helpers.golden import golden_file
 from tests.helpers.tf_bundle import BIG_ENDIAN, write_bundle
 
@@ -79,6 +80,21 @@ def test_to_transformers(width, tmp_path):
     else:
         theirs = ViTForImageClassification.from_pretrained(tmp_path / "hf").eval()
         torch.testing.assert_close(theirs(image).logits, model.logits(image), rtol=1e-5, atol=1e-5)
+
+
+def test_to_transformers_with_the_activation_and_epsilon_of_the_run(tmp_path):
+    from transformers import ViTForImageClassification
+
+    network = {"model": "vit-mu/8", "image_size": 32, "num_classes": 5, "gelu": "none"}
+    network |= {"layer_norm_eps": 1e-2, "pixels": "imagenet"}
+    torch.manual_seed(0)
+    model = VisionClassifier(ClassifierConfig(**network)).eval()
+    torch.nn.init.normal_(model.head.weight)
+    save_run(tmp_path / "run", model, {"network": network})
+    assert convert.main(["coyo-vit-to-hf", str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
+    image = torch.randn(2, 3, 32, 32)
+    theirs = ViTForImageClassification.from_pretrained(tmp_path / "hf").eval()
+    torch.testing.assert_close(theirs(image).logits, model.logits(image), rtol=1e-5, atol=1e-5)
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):

@@ -19,7 +19,13 @@ from dataset.health.samples import Examiner, Facts, Image
 from dataset.health.stored import is_stored, read_facts, write_facts
 from dataset.images.formats import files_below
 from dataset.sources.class_folder import SPLITS, are_splits, class_folders
-from dataset.sources.records import Records, image_names, published_remedy, state_of_entries
+from dataset.sources.records import (
+    Records,
+    image_names,
+    named_otherwise,
+    published_remedy,
+    state_of_entries,
+)
 from dataset.sources.remote import state_of
 from dataset.sources.shard_columns import split_columns
 from dataset.sources.shard_list import list_shards, stated_samples
@@ -92,8 +98,9 @@ def open_list(data: str) -> Sequence[dict]:
         return label_records(path)
     if not is_table(data):
         records = Records(data, ())
-        remedy = None if image_names(records[0]) else published_remedy(records[0])
-        if remedy:
+        first = records[0]
+        remedy = published_remedy(first) or named_otherwise(first, "image")
+        if remedy and not image_names(first):
             raise UserError(f"{data}: no images in it; {remedy}")
         return records
     try:

@@ -29,6 +29,7 @@ from dataset.sources.json_entries import (
     weights_fault,
 )
 from dataset.sources.left_out import LeftOut, has_left_out, refuse_left_out, report_left_out
+from dataset.sources.tables import usual_column
 
 # Fields of the public annotation formats and the types each may have; a list must hold texts, at
 # least one.
@@ -353,7 +354,8 @@ def _fault(entry: object, required: Sequence[str]) -> str | None:
         return f"expected an object{fields}, found {brief(entry)}"
     for field in required:
         if field not in entry:
-            remedy = published_remedy(entry) or "add the field or remove the entry"
+            remedy = published_remedy(entry) or named_otherwise(entry, field, required)
+            remedy = remedy or "add the field or remove the entry"
             return f"no field {field!r} (it has {_listed(entry)}); {remedy}"
         types = FIELD_TYPES.get(field, (object,))
         value = entry[field]
@@ -378,9 +380,23 @@ def published_remedy(entry: dict) -> str | None:
             return remedy
     if entry.keys() >= {"image_urls", "captions"}:
         return SBU
+    wrapped = (name for name, value in entry.items() if _lists_images(value))
+    if name := next(wrapped, None):
+        return f"the entries are in its list {name!r:.60}: write that list alone"
     if entry and all(map(is_image, entry)):
         return BY_IMAGE % brief(next(iter(entry)))[1:-1]
     return COCO_HINT if "annotations" in entry else None
+
+
+def _lists_images(value: object) -> bool:
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and "image" in first
+
+
+def named_otherwise(entry: dict, field: str, required: Sequence[str] = ()) -> str | None:
+    """How to say that an entry holds a field under one of its usual names; None where it does not."""
+    usual = usual_column(field, list(entry), required)
+    return f"write FILE?{field}={usual}" if usual else None
 
 
 def _listed(names: Iterable[str], most: int = 8) -> str:

@@ -210,7 +210,11 @@ def _csv_rows(path: Path, wanted: Wanted) -> Iterator[dict]:
                 file.seek(0)
             # the first where none occurs
             separator = stated[1] if stated else max("\t", ",", ";", "|", key=head.count)
-            rows = csv.reader(_lines(file, path), delimiter=separator, strict=True)
+            # `image, caption`: a blank behind each separator is no part of the cells
+            spaced = 0 < head.count(separator) == head.count(f"{separator} ")
+            rows = csv.reader(
+                _lines(file, path), delimiter=separator, strict=True, skipinitialspace=spaced
+            )
             names = [name.strip() for name in next(filter(any, rows), [])]
             twice = [name for number, name in enumerate(names) if name and name in names[:number]]
             if twice:
@@ -424,7 +428,7 @@ def columns_of(
     for field in dict.fromkeys((*required, *columns)):
         if field in columns:
             used[field] = given_columns(path, field, columns[field], names)
-        elif usual := _usual_column(field, names, required):
+        elif usual := usual_column(field, names, required):
             used[field] = Columns([usual])
         else:
             unnamed.append(field)
@@ -439,6 +443,8 @@ def columns_of(
             remedy = "name its folder with --shards, whose images these rows are about, or "
         elif "image" in unnamed and has_urls:
             remedy = "fetch the images of its URLs, as img2dataset does, or "
+        elif any(map(is_image, names)):
+            remedy = "its first row holds no names: put a row of them above it, or "
         raise UserError(f"{path}: {missing}; {remedy}write '{address}'")
     return used
 
@@ -488,7 +494,7 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def _usual_column(field: str, names: list[str], required: Sequence[str]) -> str | None:
+def usual_column(field: str, names: list[str], required: Sequence[str]) -> str | None:
     """The column of a field's name, or of a usual one; None where there is neither."""
     if field in names:
         return field
@@ -590,6 +596,9 @@ def image_text_rows(folder: Path, need_caption: bool = True) -> Iterator[dict]:
         else:
             lonely += 1
     if not found:
+        tables = sorted({path.parent for path in others if path.suffix.lower() == ".parquet"})
+        if tables:
+            raise UserError(f"{folder}: its Parquet files lie in {tables[0]}; name that folder")
         what = f"{lonely:,} images without a .txt beside them" if lonely else "no images"
         raise UserError(
             f"{folder}: {what}; put IMAGE.txt beside IMAGE.jpg, or name a table with a caption column"

@@ -68,7 +68,9 @@ class Sample:
 def no_image(members: Collection[str], kinds: Sequence[str]) -> str:
     """What is wrong with a sample that has these members, and none of the image's endings `kinds`."""
     dotted = next((name for name in members if name.rpartition(".")[2] in kinds), None)
-    remedy = f"?image={dotted} behind the shards names it" if dotted else SIDE_BY_SIDE
+    remedy = SIDE_BY_SIDE
+    if dotted:
+        remedy = f"keys end at the first dot, so that ?image={dotted} behind the shards names it"
     named = f" (.{', .'.join(kinds)})" if tuple(kinds) != IMAGE_TYPES else ""
     return f"no image{named}, only {', '.join(members)}; {remedy}"
 

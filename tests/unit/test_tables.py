@@ -12,6 +12,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from base.errors import BadSample, UserError
+from dataset.health.survey import open_list
 from dataset.loading.randomness import seeded
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.sources import left_out
@@ -334,7 +335,7 @@ def test_the_table_beside_shards_says_to_name_the_shards(tmp_path):
 def test_flickr30ks_results_are_a_table(tmp_path):
     header = "image_name| comment_number| comment\n"
     (tmp_path / "results.csv").write_text(header + "a.jpg| 0| Two men\n")
-    assert pairs(Records(tmp_path / "results.csv")) == [("a.jpg", " Two men")]
+    assert pairs(Records(tmp_path / "results.csv")) == [("a.jpg", "Two men")]
 
 
 def test_dual_encoders_read_tables_for_any_collection(tmp_path):
@@ -600,3 +601,47 @@ def test_views_of_dual_encoders_draw_by_the_weights():
     for views in (single, several):
         fraction = sum(view == "b" for pair in views for view in pair) / 600
         assert abs(fraction - 0.75) < 0.1 and not any(" " in pair for pair in views)
+
+
+@pytest.mark.parametrize("separator", [", ", "; ", "| ", "\t "])
+def test_a_blank_behind_every_separator_is_no_part_of_the_cells(separator, tmp_path):
+    head = separator.join(("caption", "image"))
+    text = f'{head}\n"a cat{separator}asleep"{separator}0.jpg\na  dog{separator}"1.jpg"\n'
+    (tmp_path / "t.csv").write_text(text)
+    found = [(f"a cat{separator}asleep", "0.jpg"), ("a  dog", "1.jpg")]
+    assert [(row["caption"], row["image"]) for row in Records(tmp_path / "t.csv")] == found
+    (tmp_path / "t.csv").write_text(text.replace(head, head.replace(" ", ""), 1))
+    assert [row["image"] for row in Records(tmp_path / "t.csv")] == [" 0.jpg", ' "1.jpg"']
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"filepath": "0.jpg", "text": "a"}], r"write FILE\?image=filepath"),
+        ([{"Image": "0.jpg", "Caption": "a"}], r"write FILE\?image=Image"),
+        ([{"image": "0.jpg", "title": "a"}], r"write FILE\?caption=title"),
+        ({"data": [{"image": "0.jpg", "caption": "a"}]}, "in its list 'data': write that"),
+    ],
+)
+def test_json_of_other_names_says_how_to_name_them(content, message, tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        Records(file)
+    if isinstance(content, dict) or "image" not in content[0]:
+        with pytest.raises(UserError, match=message):
+            open_list(str(file))
+    query = message.rpartition("FILE")[2].replace("\\", "")
+    if query.startswith("?"):
+        assert pairs(Records(f"{file}{query}")) == [("0.jpg", "a")]
+
+
+def test_tables_without_names_of_columns_and_in_folders_below(tmp_path):
+    (tmp_path / "t.csv").write_text("0.jpg,a cat\n1.jpg,a dog\n")
+    with pytest.raises(UserError, match="its first row holds no names: put a row of them above"):
+        Records(tmp_path / "t.csv")
+    (tmp_path / "hub/data").mkdir(parents=True)
+    table = pyarrow.table({"image": ["0.jpg"], "caption": ["a"]})
+    parquet.write_table(table, tmp_path / "hub/data/train.parquet")
+    with pytest.raises(UserError, match=r"its Parquet files lie in .*hub/data; name that folder"):
+        Records(tmp_path / "hub")

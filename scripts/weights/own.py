@@ -34,10 +34,11 @@ def write_own(
     """model.safetensors and what the scripts read beside it: of a run its config.yaml and its
     tokenizer, of others' weights their JSON files. network: of a checkpoint that states it otherwise.
     """
-    config = movable(source, options, folder)
+    at_home = folder.resolve() == source.file.parent.resolve()  # where all lies as the run left it
+    config = dict(source.about.get("config", {})) if at_home else movable(source, options, folder)
     export_safetensors(source.weights, folder / "model.safetensors")
     for name in BESIDE:
-        if name in source.about:
+        if name in source.about and not at_home:
             write_json(folder / name, public(source.about[name]), indent=2)
     if network:
         config["network"] = dict(network)

@@ -260,6 +260,12 @@ def test_a_run_is_exported_with_its_tokenizer_and_without_the_paths_of_the_machi
     assert read_yaml(moved / "config.yaml")[0]["metadata"] == "list.json"
     texts = [file for file in moved.iterdir() if file.suffix in (".yaml", ".md", ".json")]
     assert not any(str(tmp_path) in file.read_text() for file in texts)
+    before = read_yaml(source / "config.yaml")[0]
+    run(source, "safetensors", source)
+    assert read_yaml(source / "config.yaml")[0] == before  # the run's own keeps its paths
+    run(moved, "safetensors", moved)
+    assert read_yaml(moved / "config.yaml")[0]["bpe_path"].endswith("bpe_path.txt.gz")
+    compare(ours(moved, image), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,32 @@ def test_nxtp_in_transformers(tmp_path, monkeypatch):
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("task", ["vqa", pytest.param("retrieval", marks=pytest.mark.slow)])
+def test_a_fusion_network_is_exported_with_vocabulary_geometry_and_answers(
+    task, digitscenes, tmp_path
+):
+    from base.distributed import ALONE
+    from scripts.demo import Config, open_all
+    from tests.helpers import demo_checkpoints
+
+    data = tmp_path / "data"
+    shutil.copytree(digitscenes / "tokenizer", data / "tokenizer")
+    shutil.copy(digitscenes / "answer_list.json", data)
+    file = demo_checkpoints.fusion(task, data, tmp_path / "checkpoint.pt")
+    image = as_tensor(small_photo(SIDE))
+
+    def of(checkpoint):
+        found = open_all(Config(checkpoint=[checkpoint], device="cpu"), ALONE)
+        if task == "vqa":
+            return found.answers, found.answer(image, "what digit is red", found.answers)
+        return found.embedder.texts(["a red digit"]).tolist(), found.match(image, ["a red digit"])
+
+    expected = of(file)
+    run(file, "safetensors", tmp_path / "out")
+    shutil.rmtree(data)
+    assert of(tmp_path / "out") == expected
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_the_program_of_the_card_opens_the_decoder_that_it_is(kind, tmp_path, monkeypatch):
     """As LlamaForCausalLM, Qwen's would lose their biases, or the norms of their heads."""

@@ -133,17 +133,36 @@ def _stored(features: Path, labels: Path, done: Path, total: int, width: int) ->
 def _fill(
     encode, batches: Iterable[dict], own: Sequence[int], files: Sequence[Path], world: World
 ) -> None:
+    """Write the rows `own`. What one process cannot take is raised on every one: it reads to the
+    end, where all meet."""
     features, labels = (np.load(file, mmap_mode="r+") for file in files)
     start = 0
+    fault = None
     for batch in progress(batches, "features", world):
         rows = list(own[start : start + len(batch["image"])])
         start += len(rows)
-        if batch["labels"].shape[1] != 1:
-            raise UserError(
-                "kNN and linear probe compare single labels: give a data set with one label an image"
-            )
-        found = encode(batch["image"].to(world.device, non_blocking=True)).float().cpu()
-        check_finite(found, "features")
+        if fault is not None:
+            continue
+        try:
+            found = _features(encode, batch, world)
+        except UserError as error:
+            if world.size == 1:
+                raise
+            fault = str(error)
+            continue
         features[rows], labels[rows] = found.numpy(), batch["labels"][:, 0].numpy()
+    for found in distributed.gather_objects(fault):
+        if found is not None:
+            raise UserError(found)
     features.flush()
     labels.flush()
+
+
+def _features(encode, batch: dict, world: World) -> Tensor:
+    if batch["labels"].shape[1] != 1:
+        raise UserError(
+            "kNN and linear probe compare single labels: give a data set with one label an image"
+        )
+    found = encode(batch["image"].to(world.device, non_blocking=True)).float().cpu()
+    check_finite(found, "features")
+    return found

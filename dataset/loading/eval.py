@@ -31,9 +31,10 @@ class EvalLoader:
     on any machine. Both are named on stderr and counted, in `truncated` and `unreadable` of the
     last pass, and by `damages` for the metrics.
     load: makes a sample; it must pickle, for workers that are not forked. A BadSample of another
-    kind than an unreadable image ends the evaluation with a UserError; so do more unreadable images
-    than `error_budget`, a fraction of the samples of all processes together. Every process must
-    iterate: a collective comes before the first batch and after the last.
+    kind than an unreadable image ends the evaluation with a UserError on every process; so do more
+    unreadable images than `error_budget`, a fraction of the samples of all processes together.
+    Every process must iterate to the end: a collective comes before the first batch and after the
+    last.
     exif: turn images by their EXIF orientation.
     """
 
@@ -75,12 +76,12 @@ class EvalLoader:
         everyone = sum(gather_objects(self.samples))
         with signals_held():
             batches = iter(self.loader)
+        bad = None
         for batch in batches:
             beat("in validation")
             if isinstance(batch, BadSample):
-                raise UserError(
-                    f"{batch}; evaluation needs every sample: fix the file or remove its annotation"
-                )
+                bad = str(batch)
+                break
             batch, unreadable, truncated = batch
             self.unreadable += unreadable
             self.truncated += truncated
@@ -88,6 +89,11 @@ class EvalLoader:
                 break  # more than all processes may have together: no need to read on
             yield batch
         self._report()
+        for found in gather_objects(bad):
+            if found is not None:
+                raise UserError(
+                    f"{found}; evaluation needs every sample: fix the file or remove its annotation"
+                )
         self._check_budget(sum(gather_objects(len(self.unreadable))), everyone)
 
     def damages(self, same: bool = False) -> dict[str, int]:

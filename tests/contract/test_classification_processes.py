@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch.utils.data import default_collate
 
 from base.distributed import World, unwrap
-from dataset.loading.eval import EvalLoader
+from base.errors import UserError
+from dataset.loading.eval import EvalLoader, shard_indices
 from evaluation import knn
 from evaluation.classification import multi_label_metrics, score, single_label_metrics
 from evaluation.features import Bank, feature_bank
@@ -176,6 +177,28 @@ def neighbours(world: World, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
             )
     assert np.array_equal(banks[0].labels, np.arange(23) % 5)
     return nearest_neighbours(*(Bank(*bank) for bank in banks), 6, world)
+
+
+def features_of_one_not_finite(rank: int, folder: Path) -> None:
+    """Those of the second process's first batch."""
+    own = shard_indices(8, rank, 2)
+
+    def sample(i: int) -> dict:
+        return {
+            "image": torch.full((2,), torch.inf if i == 4 else i),
+            "labels": torch.zeros(1).long(),
+        }
+
+    def batches() -> EvalLoader:
+        return EvalLoader(sample, own, 2, default_collate, workers=0)
+
+    with pytest.raises(UserError, match="features are not finite"):
+        feature_bank(lambda x: x, batches, own, 8, 2, folder / "key", World(rank, 2, rank, CPU))
+
+
+def test_features_that_one_process_refuses_end_all(tmp_path):
+    spawn(features_of_one_not_finite, 2, tmp_path)
+    assert not (tmp_path / "key.json").exists()
 
 
 def neighbours_on_two(rank: int, size: int, folder: Path, expected) -> None:

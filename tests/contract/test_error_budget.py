@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from base.distributed import gather_objects
-from base.errors import UserError
+from base.errors import BadSample, UserError
 from dataset.images.decode import decode_image
 from dataset.loading.eval import EvalLoader, shard_indices
 from tests.helpers.processes import spawn
@@ -56,6 +56,24 @@ def same_parts(rank: int) -> None:
 
 def test_images_that_every_process_has_count_once():
     spawn(same_parts, 2)
+
+
+def one_is_bad(rank: int) -> None:
+    """The second process has a sample that no grey image stands for."""
+
+    def sample(index: int) -> int:
+        if index == IMAGES - 5:
+            raise BadSample(f"entry {index}: no caption")
+        return index
+
+    loader = EvalLoader(sample, shard_indices(IMAGES, rank, 2), 5, list, workers=0)
+    with pytest.raises(UserError, match="entry 15: no caption; evaluation needs every sample"):
+        list(loader)
+
+
+def test_a_bad_sample_of_one_process_ends_all():
+    """Instead of leaving the others waiting for it."""
+    spawn(one_is_bad, 2)
 
 
 def short_part(rank: int) -> None:

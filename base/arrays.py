@@ -7,6 +7,8 @@ import numpy as np
 
 from base.errors import UserError, brief
 
+BLOCK = 2**20  # bytes written at once
+
 
 def map_array(path: str | Path, remedy: str, mode: str = "r") -> np.ndarray:
     """The array of a .npy file, memory-mapped. UserError, which ends with `remedy`, where the file
@@ -23,10 +25,15 @@ def reserve_array(path: str | Path, dtype: str, shape: tuple[int, ...]) -> None:
     """Make a .npy file of zeros that processes map and fill. The disk gives all of it now: on a full
     one a write to a mapped file would kill the process by SIGBUS. OSError, and no file is left."""
     try:
-        np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
-        if hasattr(os, "posix_fallocate"):  # not on macOS
-            with open(path, "r+b") as file:
+        made = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        made.flush()
+        with open(path, "r+b") as file:
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+            else:  # macOS
+                file.seek(made.offset)
+                for start in range(0, made.nbytes, BLOCK):
+                    file.write(bytes(min(BLOCK, made.nbytes - start)))
     except OSError:
         Path(path).unlink(missing_ok=True)
         raise

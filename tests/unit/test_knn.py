@@ -10,6 +10,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from base.arrays import map_array, reserve_array
 from base.distributed import World
 from base.errors import UserError
 from evaluation import knn
@@ -290,6 +291,16 @@ def test_a_full_disk_is_one_sentence_before_anything_is_encoded(fault, tmp_path,
     with pytest.raises(UserError, match=r"key\.npy: not written, .*; name another --cache"):
         stored(None, None, range(5), 5, 2, tmp_path / "made/key", ALONE)
     assert not list((tmp_path / "made").iterdir())
+
+
+def test_where_nothing_reserves_bytes_zeros_are_written(tmp_path, monkeypatch):
+    """As on macOS: a file of holes would end the process where the disk is full."""
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.setattr("base.arrays.BLOCK", 1000)
+    reserve_array(tmp_path / "a.npy", "<f4", (1001, 7))
+    made = map_array(tmp_path / "a.npy", "")
+    assert made.shape == (1001, 7) and not made.any()
+    assert os.stat(tmp_path / "a.npy").st_blocks * 512 >= made.nbytes
 
 
 def test_an_interrupted_cache_is_made_anew(tmp_path):

@@ -50,18 +50,22 @@ def _keep(folder: Path, row: dict) -> None:
     """Add a line to metrics.jsonl, after the figures that an earlier version left in metrics.json:
     the next evaluation, of another checkpoint or other data, replaces that file."""
     history = folder / "metrics.jsonl"
-    rows, known = [row], ""
-    with suppress(OSError, UserError):  # there are none
-        if history.exists():
-            known = history.read_text(encoding="utf-8", errors="replace")
-        else:
+    rows = [row]
+    if not history.exists():
+        with suppress(OSError, UserError):  # there are none
             rows.insert(0, read_json(folder / "metrics.json", dict))
-    lines = [clean_surrogates(strict_json(each)) for each in rows]
+    lines = [f"{clean_surrogates(strict_json(each))}\n".encode() for each in rows]
     with file_errors(history, ROOM):
         folder.mkdir(parents=True, exist_ok=True)
-        with history.open("a", encoding="utf-8") as file:
-            if known and not known.endswith("\n"):
-                file.write("\n")  # after a line that a full disk cut off
+        with history.open("a+b") as file:
+            file.seek(0)
+            have, last = set(), b"\n"
+            # parts of a file that may have grown large: a line longer than these is none of them
+            while part := file.readline(max(map(len, lines))):
+                if last.endswith(b"\n") and part in lines:
+                    have.add(part)
+                last = part
+            if not last.endswith(b"\n"):
+                file.write(b"\n")  # after a line that a full disk cut off
             # an evaluation that was killed after this and begun again has its line
-            have = known.splitlines()
-            file.write("".join(f"{line}\n" for line in lines if line not in have))
+            file.write(b"".join(line for line in lines if line not in have))

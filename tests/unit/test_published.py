@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,6 +130,23 @@ def test_figures_of_every_evaluation_in_a_folder_are_kept(tmp_path):
     history.write_text(kept[:-9])  # cut off
     write_results(config, "title", newest, [])
     assert history.read_text() == kept[:-9] + "\n" + kept.splitlines(keepends=True)[-1]
+
+
+def test_a_long_history_is_not_held_in_memory(tmp_path):
+    history = tmp_path / "result/metrics.jsonl"
+    history.parent.mkdir()
+    history.write_text("x" * 2**24)
+    config = Evaluation("a.pt", "x", tmp_path)
+    tracemalloc.start()
+    try:
+        for _ in range(2):
+            write_results(config, "title", {"acc1": 1.0}, [])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**23
+    start, row = history.read_text().splitlines()
+    assert len(start) == 2**24 and json.loads(row)["acc1"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def label_metrics(
     """
     texts = [[text for text, _ in labels] for labels in found]
     metrics = _label_scores(texts, references, encoder)
-    longest = max((len(labels) for labels in texts), default=0)
+    longest = max(map(len, texts), default=0) or max(map(len, references), default=0)
     counts = Counter(text for labels in references for text in labels)
     usual = [text for text, _ in counts.most_common(longest)]
     by_chance = _label_scores([usual] * len(references), references, encoder)

@@ -43,6 +43,13 @@ def test_exact_metrics_take_as_many_labels_as_a_image_shows():
     ] == 40.0
 
 
+def test_chance_does_not_depend_on_what_was_found():
+    references = [["dog", "cat"], ["dog"]]
+    found = [label_metrics(labels, references) for labels in ([[], []], [[("a", 1), ("b", 1)]] * 2)]
+    assert found[0]["exact_f1"] == 0
+    assert found[0]["chance"] == found[1]["chance"] == 100
+
+
 def test_labels_that_are_named_twice_and_chance():
     found = exact_metrics([["dog", "sky"]], [["dog", "dog"]])
     assert found["exact_recall"] == found["exact_precision"] == 100.0

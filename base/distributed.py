@@ -6,6 +6,7 @@ Every helper is the identity on one process, so scripts never ask how many there
 import atexit
 import contextlib
 import datetime
+import glob
 import itertools
 import os
 import secrets
@@ -173,6 +174,15 @@ def first_host(nodelist: str) -> str:
 def _device(device: str, local_rank: int) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        sign = sign_of_gpu(os.environ) if device == "cpu" and local_rank == 0 else None
+        if sign is not None:
+            print(
+                f"warning: {sign}, but torch {torch.__version__} sees no GPU: this runs on the CPU. "
+                "Look at `nvidia-smi`, and whether this torch is one for CUDA and for this driver; "
+                "or say --device cpu",
+                file=sys.stderr,
+                flush=True,
+            )
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -201,6 +211,22 @@ def _device(device: str, local_rank: int) -> torch.device:
     torch.cuda.set_device(chosen)
     allow_tf32(False)  # until a script asks for bf16 or fp16: its Precision then allows it
     return chosen
+
+
+NVIDIA = "/dev/nvidia[0-9]*"  # devices of the driver
+
+
+def sign_of_gpu(env: Mapping[str, str]) -> str | None:
+    """What tells that this process should have a GPU of NVIDIA's; None where nothing does, and where
+    an empty or negative CUDA_VISIBLE_DEVICES hides all."""
+    hidden = env.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and (not hidden.strip() or hidden.strip().startswith("-")):
+        return None
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
+        if env.get(name):
+            return f"{name}={env[name]} names a GPU"
+    found = sorted(glob.glob(NVIDIA))
+    return f"{found[0]} is there" if found else None
 
 
 def _has_its_own_gpu(env: Mapping[str, str]) -> bool:

@@ -135,6 +135,35 @@ def test_a_task_that_sees_its_own_gpu_alone_computes_on_it(monkeypatch, name, va
         distributed._device("auto", 3)
 
 
+@pytest.mark.parametrize(
+    ("given", "driver", "sign"),
+    [
+        ({}, False, None),
+        ({}, True, "nvidia0 is there"),
+        ({"SLURM_JOB_GPUS": "3"}, False, "SLURM_JOB_GPUS=3 names a GPU"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, True, "CUDA_VISIBLE_DEVICES=0,1 names a GPU"),
+        ({"CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_GPUS": "3"}, True, None),  # hidden on purpose
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, True, None),
+    ],
+)
+def test_a_gpu_that_torch_does_not_see_is_said(given, driver, sign, monkeypatch, tmp_path, capsys):
+    """With a broken driver the script computes on the CPU, but not in silence."""
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "NVIDIA", str(tmp_path / "nvidia[0-9]*"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if driver:
+        (tmp_path / "nvidia0").touch()
+    for device, local_rank in (("cpu", 0), ("auto", 1)):
+        assert distributed._device(device, local_rank).type == "cpu"
+        assert capsys.readouterr().err == ""
+    assert distributed._device("auto", 0).type == "cpu"
+    said = capsys.readouterr().err
+    assert (sign in said and "nvidia-smi" in said) if sign else said == ""
+
+
 def test_cuda_without_a_gpu_is_one_clear_error():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

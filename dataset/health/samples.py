@@ -233,7 +233,7 @@ def label_texts(record: dict) -> list[str]:
         field, values = labels_of(record)
     except BadSample:  # a damaged .json, which captions alone do not need
         return []
-    given = as_list(values[field]) if field else []
+    given = [each for each in as_list(values[field]) if each is not None] if field else []
     return [lenient_text(each).strip() if isinstance(each, bytes) else str(each) for each in given]
 
 

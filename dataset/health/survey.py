@@ -30,13 +30,12 @@ from dataset.sources.remote import state_of
 from dataset.sources.shard_columns import split_columns
 from dataset.sources.shard_list import list_shards, stated_samples
 from dataset.sources.shards import read_shard
-from dataset.sources.tables import METADATA, is_table, parquet_files
+from dataset.sources.tables import METADATA, SAVED, is_table, parquet_files, usual_column
 from dataset.tasks.classification import FolderRecords, is_shards
 from dataset.tasks.recognition import label_records
 
 BLOCK = 256  # entries a process takes at a time
 OFTEN = 10  # images that share a text from which on it is called repeated
-SAVED = ("dataset_info.json", "dataset_dict.json")  # in a saved data set
 FORMAT = 5  # of kept facts: raise it when samples are looked at otherwise
 MOST_GROUPS = 1000  # groups of duplicates that are kept
 
@@ -108,14 +107,18 @@ def open_list(data: str) -> Sequence[dict]:
     except UserError as error:
         if "no column for caption" not in str(error):
             raise
-        return Records(data, ("image",))
+    records = Records(data, ("image",))
+    names = list(records[0])
+    if "label" in names or not usual_column("labels", names):
+        return records
+    return Records(data, ("image", "labels"))
 
 
 def is_class_folder(path: Path) -> bool:
     """Whether a path is a folder that holds a sub-folder a class and no texts or tables."""
     if not path.is_dir() or parquet_files(path):
         return False
-    if any((path / name).exists() for name in (*METADATA, *SAVED)):
+    if any((path / name).exists() for name in (*METADATA, SAVED, "dataset_dict.json")):
         return False
     return any(path.iterdir()) and not any(
         file.suffix.lower() == ".txt" for file in files_below(path)

@@ -12,6 +12,7 @@ from base.errors import UserError
 from base.limits import ROW_GROUP_BYTES, check_limit
 from dataset.sources.hub import image_file
 from dataset.sources.tables import (
+    SAVED,
     Columns,
     columns_of,
     open_arrow,
@@ -31,7 +32,7 @@ def encoded_table(address: str, required: Sequence[str]) -> "EncodedTable | None
     """The rows of a Parquet file or saved data set that holds encoded images; None for any other
     annotation file. UserError."""
     path, columns = parse_address(address)
-    if (path / "dataset_info.json").is_file():
+    if (path / SAVED).is_file():
         parts = _record_batches(path)
     else:
         parts = [part for file in parquet_files(path) for part in _row_groups(file)]

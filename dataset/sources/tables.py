@@ -65,6 +65,7 @@ USUAL_NAMES = {
     "answer": ("answers",),
     "labels": ("label", "class"),
 }
+SAVED = "dataset_info.json"  # in a data set of datasets' save_to_disk
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of datasets' image folders
 NUMBER_OF_PART = re.compile(r"[-_.]?\d+(-of-\d+)?$")  # at the end of a file's name
 PACK = (
@@ -494,7 +495,7 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def usual_column(field: str, names: list[str], required: Sequence[str]) -> str | None:
+def usual_column(field: str, names: list[str], required: Sequence[str] = ()) -> str | None:
     """The column of a field's name, or of a usual one; None where there is neither."""
     if field in names:
         return field
@@ -545,7 +546,7 @@ def _folder_rows(folder: Path, wanted: Wanted) -> Iterator[dict]:
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.parent.name for path in folder.glob("*/dataset_info.json"))
         raise UserError(f"{folder}: several splits; name one: {folder}/{(splits or ['train'])[0]}")
-    if (folder / "dataset_info.json").is_file():
+    if (folder / SAVED).is_file():
         streams = open_arrow(folder)
         rows = (row for stream in streams for row in _batch_rows(folder, stream))
         yield from _entries(folder, streams[0].schema.names, rows, wanted)

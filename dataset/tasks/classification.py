@@ -4,6 +4,7 @@ What a data string names is recognised by its form:
 
     imagenet/train                       a folder with one sub-folder of images a class, labels by alphabet
     imagenet/val                         or a flat one with a list of labels (dataset.sources.flat_folder)
+    hub/data                             a folder of Parquet files, a saved data set, or a table
     labels.jsonl                         COYO-Labeled-300M's {url or image, labels, label_probs}, or {image, label};
                                          each label a class's number, or its name where these are known
     shards/{00000..00099}.tar, s3://...  WebDataset or TFRecord; labels in .json, .cls, or features
@@ -52,7 +53,15 @@ from dataset.sources.shard_columns import plain_name, split_columns
 from dataset.sources.shard_index import ERROR_BUDGET, ShardIndex
 from dataset.sources.shard_list import is_shard, list_shards, shared_shards
 from dataset.sources.shards import ShardSource
-from dataset.sources.tables import TABLES, address_state, parse_address
+from dataset.sources.tables import (
+    SAVED,
+    TABLES,
+    address_state,
+    is_table,
+    parquet_files,
+    parse_address,
+    usual_column,
+)
 from dataset.tasks.record import LABEL_FIELDS, image_of, labels_of
 from dataset.tasks.torchvision_sets import TorchvisionRecords
 
@@ -225,8 +234,11 @@ def is_shards(data: str) -> bool:
 
 
 def is_list(data: str) -> bool:
-    """Whether a data string names a list of images with labels: JSON or a table."""
-    return parse_address(data).path.suffix.lower() in (".json", ".jsonl", *TABLES)
+    """Whether a data string names a list of images with labels: JSON, a table, a folder of Parquet
+    files or a saved data set. UserError."""
+    path = parse_address(data).path
+    is_file = path.suffix.lower() in (".json", ".jsonl", *TABLES)
+    return is_file or (path / SAVED).is_file() or bool(path.is_dir() and parquet_files(path))
 
 
 def open_records(
@@ -238,9 +250,7 @@ def open_records(
         name, _, named = data.removeprefix("torchvision/").partition(":")
         return TorchvisionRecords(name, root, split, download, named)
     if is_list(data):
-        records = Records(
-            data, ("labels",) if "label" not in Records(data, ())[0] else ("image", "label")
-        )
+        records = Records(data, _fields_of(data))
         check_image_root(
             root, (str(record.get("image") or record.get("url")) for record in records)
         )
@@ -251,6 +261,15 @@ def open_records(
         f"{data}: neither a folder of class folders, nor a .json, .jsonl, .csv, .tsv or .parquet file, shards (.tar, .tfrecord) or "
         "torchvision/NAME; check the path"
     )
+
+
+def _fields_of(data: str) -> Sequence[str]:
+    """The fields that a list of labelled images must have; COYO-Labeled's images are in `url`."""
+    names = list(Records(data, ())[0])
+    if "label" in names:
+        return "image", "label"
+    has_image = is_table(data) and usual_column("image", names)
+    return ("image", "labels") if has_image else ("labels",)
 
 
 # ---- samples, batches
@@ -451,7 +470,7 @@ def class_names(
     if file is not None:
         return read_class_names(file)
     for each in data:
-        if Path(each).is_dir() and not is_shards(each):
+        if Path(each).is_dir() and not (is_shards(each) or is_list(each)):
             if is_flat(Path(each)):
                 return flat_folder(Path(each)).classes
             folders = class_folders(Path(each))

@@ -16,6 +16,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from base.errors import BadSample, UserError
+from dataset.health.samples import label_texts
 from dataset.health.survey import open_list, split_folders
 from dataset.images.vit import ViTEvalView, ViTTrainView, ViTViews
 from dataset.loading.filtered import Filtered
@@ -39,6 +40,7 @@ from dataset.tasks.classification import (
     read_class_names,
     training_source,
 )
+from dataset.tasks.record import image_of
 from dataset.tasks.torchvision_sets import sample_of, split_options
 from tests.helpers.images import of_colour
 
@@ -566,3 +568,37 @@ def test_class_names_may_be_a_json_list(tmp_path):
     (tmp_path / "names.json").write_text('{"cat": 0}')
     with pytest.raises(UserError, match=r"names\.json: expected a list"):
         read_class_names(tmp_path / "names.json")
+
+
+@pytest.mark.parametrize("name", ["filename", "image"])
+@pytest.mark.parametrize("column", ["labels", "class", "label"])
+def test_tables_of_labels_by_their_usual_names(name, column, tmp_path):
+    (tmp_path / "0.jpg").write_bytes(of_colour((9, 9, 9)))
+    file = tmp_path / "t.csv"
+    several = '"1, 2"' if column == "labels" else "1"
+    file.write_text(f"{name},{column}\n0.jpg,{several}\n")
+    (record,) = open_records(str(file), tmp_path, "train")
+    found, _ = Labels(3, LabelOptions(), "t")(record)
+    assert record["image"] == "0.jpg" and found == ([1, 2] if column == "labels" else [1])
+    (row,) = open_list(str(file))
+    assert label_texts(row) == [str(label) for label in found]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_folders_of_parquet_and_saved_data_sets_have_labels(kind, tmp_path):
+    images = [of_colour((9, 9, number)) for number in range(2)]
+    data = {"image": [{"bytes": image, "path": None} for image in images], "label": [0, 1]}
+    table, folder = pyarrow.table(data), tmp_path / "data"
+    folder.mkdir()
+    if kind == "parquet":
+        parquet.write_table(table, folder / "train-00000-of-00001.parquet")
+    else:
+        (folder / "dataset_info.json").write_text("{}")
+        with pyarrow.ipc.new_stream(folder / "data-00000-of-00001.arrow", table.schema) as file:
+            file.write_table(table)
+    records = open_records(str(folder), tmp_path, "train")
+    assert [image_of(row)[2, 0, 0] for row in records] == [0, 1]
+    labels = Labels(2, LabelOptions(), "t")
+    assert [labels(row)[0] for row in records] == [[0], [1]]
+    assert class_names([str(folder)], None, tmp_path) == []
+    assert [label_texts(row) for row in open_list(str(folder))] == [["0"], ["1"]]

@@ -210,6 +210,11 @@ def test_hugging_face():
     same(found, model)
     with pytest.raises(UserError, match=r"without its config\.json"):
         open_dual(adapters.to_hugging_face(model), {})
+    bare = {"config.json": about["config.json"]}
+    with pytest.raises(UserError, match="do not tell mean and std of their pixels"):
+        open_dual(adapters.to_hugging_face(model), bare)
+    stated = open_dual(adapters.to_hugging_face(model), bare, mean=(0.5,) * 3, std=(0.3,) * 3)
+    assert stated.pixels == (16, "bicubic", (0.5,) * 3, (0.3,) * 3)
     about["config.json"]["vision_config"]["num_attention_heads"] = 4
     with pytest.raises(UserError, match=r"num_attention_heads is 4.*computes 1"):
         open_dual(adapters.to_hugging_face(model), about)

@@ -151,6 +151,14 @@ def test_fine_tuning_drops_pre_logits_and_resizes_positions():
     assert left_out.missing == ["head.weight", "head.bias"]
     assert left_out.unexpected == ["pre_logits.fc.weight", "pre_logits.fc.bias"]
     assert model.pos_embed.shape == (1, 37, 32) and model.head.weight.eq(0).all()
+    for old, new in (
+        (0, 0),
+        (3, 5),
+        (12, 30),
+        (15, 35),
+    ):  # corners stay corners, as COYO-ViT's zoom
+        expected = pretrained.pos_embed[0, 1 + old]
+        torch.testing.assert_close(model.pos_embed[0, 1 + new], expected)
     assert torch.equal(model.blocks[1].mlp.fc2.weight, pretrained.blocks[1].mlp.fc2.weight)
 
 

@@ -43,7 +43,6 @@ from scripts.weights.source import Options, Source, State, Written
 TASK = "zero-shot-image-classification"
 OF_OPEN_CLIP = "open_clip_config.json"
 TIMM_SIDE = 224  # of the images of open_clip's timm towers, whatever image_size says
-CLIP_VOCABULARY = 49408  # open_clip's own tokenizer has it
 
 
 def to_safetensors(source: Source, options: Options, folder: Path) -> Written:
@@ -73,7 +72,7 @@ def describe(source: Source, opened: Opened, options: Options, folder: Path) -> 
 def to_open_clip(source: Source, options: Options, folder: Path) -> Written:
     opened = open_dual_encoder(source, options)
     if isinstance(opened.model, LibraryCLIP):
-        library_to_open_clip(opened, folder)
+        library_to_open_clip(opened, folder, options.repository)
         return Written("open_clip", TASK, OPEN_CLIP_EXAMPLE)
     about = about_open_clip(opened, options)
     export_safetensors(clip.to_open_clip(opened.model), folder / "open_clip_model.safetensors")
@@ -104,7 +103,7 @@ def about_open_clip(opened: Opened, options: Options) -> dict[str, Any]:
             f"open_clip builds timm's {timm} for {TIMM_SIDE} pixels, and this model is for {side}; "
             "use --to onnx or safetensors"
         )
-    if opened.vocab_size != CLIP_VOCABULARY:  # its tokenizer lies in the folder
+    if not is_clips(tokenizer):  # open_clip's own would make other ids: ours lies in the folder
         network["text_cfg"]["hf_tokenizer_name"] = options.repository or "local"
         network["text_cfg"]["tokenizer_kwargs"] = {"clean": "lower"}
     pixels = opened.pixels
@@ -115,6 +114,14 @@ def about_open_clip(opened: Opened, options: Options) -> dict[str, Any]:
         "resize_mode": "shortest",
     }
     return {"model_cfg": network, "preprocess_cfg": look}
+
+
+def is_clips(tokenizer: ClipTokenizer) -> bool:
+    """Whether these are the merges of open_clip's own tokenizer; others may be as many."""
+    try:
+        return tokenizer.merges == ClipTokenizer().merges
+    except UserError:  # open_clip is not on this machine
+        return False
 
 
 def to_hugging_face(source: Source, options: Options, folder: Path) -> Written:

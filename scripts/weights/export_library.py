@@ -14,8 +14,9 @@ from runtime.checkpoint import export_safetensors
 from scripts.weights.beside import clip_processor, square_processor
 
 
-def library_to_open_clip(opened: Opened, folder: Path) -> None:
-    """What open_clip loads by `local-dir:FOLDER`. UserError for transformers' networks."""
+def library_to_open_clip(opened: Opened, folder: Path, repository: str | None = None) -> None:
+    """What open_clip loads by `local-dir:FOLDER`, or by `hf-hub:repository` where it is pushed.
+    UserError for transformers' networks."""
     network = opened.model.network
     if not opened.title.startswith("open_clip/"):
         raise UserError(f"{opened.title}: transformers' network; use --to hf, onnx or safetensors")
@@ -25,7 +26,8 @@ def library_to_open_clip(opened: Opened, folder: Path) -> None:
     tokenizer = opened.tokenize.func.backend
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
-        settings["text_cfg"] = {**settings["text_cfg"], "hf_tokenizer_name": "local"}
+        name = repository or "local"  # of a folder open_clip takes the files in it
+        settings["text_cfg"] = {**settings["text_cfg"], "hf_tokenizer_name": name}
     look = {**network.visual.preprocess_cfg}
     names = ("mean", "std", "interpolation", "resize_mode")
     about = {"model_cfg": settings, "preprocess_cfg": {name: look[name] for name in names}}

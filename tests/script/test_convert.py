@@ -151,6 +151,39 @@ def test_a_vocabulary_of_ones_own(to, digitscenes, tmp_path):
     compare(found, ours(source, image, bpe_path=merges), **CLOSE)
 
 
+def test_as_many_merges_as_clips_are_not_clips(tmp_path):
+    """open_clip's own tokenizer would make other ids of the same texts."""
+    from dataset.text.bpe import ClipTokenizer
+
+    merges = ClipTokenizer().merges
+    last = next(pair for pair in merges if "".join(pair) == "beneath</w>")
+    lines = [" ".join(pair) for pair in merges if pair != last]
+    lines = ["#version: 0.2", *lines, " ".join(last)]
+    (tmp_path / "mine.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    source = openai_files(tmp_path / "files", VIT)
+    run(source, "open_clip", tmp_path / "out", "--bpe-path", tmp_path / "mine.txt")
+    image = small_photo(SIDE)
+    expected = ours(source, image, bpe_path=tmp_path / "mine.txt")
+    assert not expected[1].equal(ours(source, image)[1])
+    compare(by_open_clip(tmp_path / "out", image), expected, **CLOSE)
+
+
+def test_a_pushed_model_of_open_clip_names_its_own_tokenizer(tmp_path):
+    """By `hf-hub:` open_clip looks where the name says, not beside the weights."""
+    from types import SimpleNamespace
+
+    from models.weights.libraries import open_library
+    from scripts.weights.export_library import library_to_open_clip
+    from tests.helpers.tiny_open_clip import open_clip_siglip
+
+    name = f"open_clip/local-dir:{open_clip_siglip(tmp_path / 'siglip')}"
+    opened = open_library(name, random_weights=True)
+    ours_around = SimpleNamespace(func=SimpleNamespace(backend=opened.tokenize))
+    library_to_open_clip(opened._replace(tokenize=ours_around), tmp_path, "me/siglip")
+    about = json.loads((tmp_path / "open_clip_config.json").read_text())
+    assert about["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "me/siglip"
+
+
 @pytest.mark.slow
 def test_what_is_written_can_be_evaluated_here(tmp_path):
     """safetensors, open_clip and transformers folders are checkpoints of eval_zeroshot.py."""

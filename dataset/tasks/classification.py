@@ -8,7 +8,7 @@ What a data string names is recognised by its form:
     labels.jsonl                         COYO-Labeled-300M's {url or image, labels, label_probs}, or {image, label};
                                          each label a class's number, or its name where these are known
     shards/{00000..00099}.tar, s3://...  WebDataset or TFRecord; labels in .json, .cls, or features
-    of these names torchvision/CIFAR10:test             a data set of torchvision by its class name, and a split
+    torchvision/CIFAR10:test             a data set of torchvision by its class name, and a split
 
 Labels stay lists of class ids with weights. They are never expanded to the number of classes.
 """

@@ -1,7 +1,8 @@
 """Label captions ahead of training: WebDataset shards with captions -> shards with their nouns, for
 Recognition.py.
 
-    python scripts/data/extract_nouns.py --source datasets/cc3m --target datasets/cc3m_nouns --nltk-data ~/nltk_data
+    python scripts/data/extract_nouns.py --source datasets/cc3m --target datasets/cc3m_nouns/cc3m_train \\
+        --nltk-data ~/nltk_data
     python scripts/data/extract_nouns.py --source 'datasets/sbu/{00000..00082}.tar' --target datasets/sbu_nouns
 
 Each shard is copied with a member KEY.nouns (names joined by commas) beside KEY.txt. Samples

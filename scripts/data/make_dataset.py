@@ -3,8 +3,8 @@
     python scripts/data/make_dataset.py --captions yfcc100m_dataset.txt --available flickr_unique_ids.npy \\
         --subset yfcc100m_subset_data.tsv --output datasets/yfcc15m_v1/yfcc15m.jsonl
 
-The images are expected as ROOT/images/AB/CDE.zip, member FGH.jpg, where ABCDEFGH is the line number
-in yfcc100m_dataset.txt (eight digits). `--available` holds the line numbers of the images that were
+The two tables are read packed (.bz2), too. The images are expected as ROOT/images/AB/CDE.zip, member
+FGH.jpg, where ABCDEFGH is the line number in yfcc100m_dataset.txt (eight digits). `--available` holds the line numbers of the images that were
 downloaded (an integer .npy array, or text with one number a line); `--subset` is OpenAI's list,
 whose first column is the line number.
 Titles and descriptions are URL-decoded and cleared of links and bold or italic marks. SLIP and
@@ -45,6 +45,14 @@ class Config:
         Path("yfcc100m_subset_data.tsv"), "OpenAI's list of captioned images, plain or .bz2"
     )
     output: Path = knob(Path("yfcc15m.jsonl"), "JSON lines to write")
+
+
+def plain_or_packed(path: Path) -> Path:
+    """A file, or what is published in its place: NAME.txt.bz2 or NAME.bz2. UserError."""
+    for place in (path, Path(f"{path}.bz2"), path.with_suffix(".bz2")):
+        if place.is_file():
+            return place
+    raise UserError(f"{path}: no such file; see `python scripts/data/make_dataset.py --help`")
 
 
 def lines(path: Path) -> Iterator[str]:
@@ -119,17 +127,12 @@ def captioned(table: Path, wanted) -> Iterator[dict]:
 def main(config: Config) -> None:
     import numpy as np
 
-    for path in (config.captions, config.available, config.subset):
-        if not path.is_file():
-            raise UserError(
-                f"{path}: no such file; see `python scripts/data/make_dataset.py --help`"
-            )
-    available = numbers(config.available)
-    subset = numbers(config.subset)
+    table, *lists = map(plain_or_packed, (config.captions, config.available, config.subset))
+    available, subset = map(numbers, lists)
     wanted = np.intersect1d(available, subset)
     if not len(wanted):
         raise UserError(f"{config.available} and {config.subset} have no line number in common")
-    count = write_json_lines(config.output, captioned(config.captions, wanted))
+    count = write_json_lines(config.output, captioned(table, wanted))
     print(
         f"{config.output}: {count:,} captioned images ({len(available):,} available, {len(subset):,} on the list)"
     )

@@ -51,6 +51,17 @@ def test_yfcc15m(published, table, capsys):
     assert "3 captioned images" in capsys.readouterr().out
 
 
+def test_tables_are_found_packed_as_they_are_published(published, monkeypatch):
+    monkeypatch.chdir(published)
+    (published / "table.txt").unlink()
+    (published / "table.txt.bz2").rename("yfcc100m_dataset.bz2")
+    (published / "ids.npy").rename("flickr_unique_ids.npy")
+    packed = bz2.compress((published / "subset.tsv").read_bytes())
+    (published / "yfcc100m_subset_data.tsv.bz2").write_bytes(packed)
+    make_dataset.main(parse(make_dataset.Config, []))
+    assert len((published / "yfcc15m.jsonl").read_text().splitlines()) == 3
+
+
 def test_mistakes_of_make_dataset(published):
     def run(**changes):
         files = {

@@ -1,8 +1,10 @@
 """Every command of the pages and of the scripts' own descriptions is one that its script takes."""
 
+import argparse
 import importlib
 import re
 import shlex
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,31 +12,47 @@ import pytest
 import yaml
 
 from runtime.config.cli import parse
+from runtime.config.schema import Schema
 from tests.helpers.dry_run import dry_run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
-SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("scripts/**/*.py")])
-COMMAND = re.compile(r"(?:^|`)[ #]*(?:torchrun|python) [^`|]*?\.py\b[^`|]*")
-OTHERS = ("SCRIPT.py", "src/infer.py", "run_with_submitit.py")  # the last passes flags on
+BENCHMARKS = [
+    path for path in sorted(ROOT.glob("benchmarks/*.py")) if "class Config" in path.read_text()
+]
+SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("scripts/**/*.py"), *BENCHMARKS])
+STARTED = r"(?:(?:torchrun|python) [^`|]*?\.py|python -m benchmarks\.(?!child)\w+)\b"
+COMMAND = re.compile(rf"(?:^|`)[ #]*({STARTED}[^`|]*)")
+HERE = re.compile(rf"`((?:{STARTED}|\w+\.py )[^`|]*)")  # in a table, python is left out
+OTHERS = ("SCRIPT.py", "src/infer.py", "test_slurm.py")
 LEFT_OUT = ("…", "...")
+PLACEHOLDERS = {"SCRIPT", "N"}
 NEEDS_A_RUN = "eval_zeroshot.py --output-dir output/main --root datasets"
 
 
 def commands(file: Path) -> dict[str, list[str]]:
-    """Script and flags of the commands in a file, each once, without ellipses and comments."""
+    """Script and flags of the commands in a file, each once, without ellipses and comments. Of the
+    table of other code bases, those of its last column."""
     found = {}
     for line in re.sub(r"\\+\n\s*", " ", file.read_text()).splitlines():
-        for command in COMMAND.findall(line):
+        here = file.name == "COMING_FROM.md" and line.startswith("|")
+        for command in HERE.findall(line.split("|")[2]) if here else COMMAND.findall(line):
+            command = command.replace("--config …", "")  # any recipe
             try:
                 words = shlex.split(command.strip("` #").partition("   ")[0], comments=True)
             except ValueError:  # a text in quotes that continues in the next line
                 continue
-            script = next((at for at, word in enumerate(words) if word.endswith(".py")), None)
-            if script is not None and words[script] not in OTHERS:
+            benchmark = words[1:2] == ["-m"] and words[2].startswith("benchmarks.")
+            script = 2 if benchmark else _script(words)
+            whole = not PLACEHOLDERS.intersection(words)
+            if script is not None and whole and not words[script].endswith(OTHERS):
                 words = [word for word in words[script:] if word not in LEFT_OUT]
                 found[" ".join(words)] = words
     return found
+
+
+def _script(words: list[str]) -> int | None:
+    return next((at for at, word in enumerate(words) if word.endswith(".py")), None)
 
 
 WRITTEN = re.compile(r"--output[-_]dir[ =]\"?(output/[\w/-]+)|Path\(\"(output/[\w/-]+)\"\)")
@@ -59,10 +77,36 @@ COMMANDS = {file: commands(file) for file in [*PAGES, *SCRIPTS]}
 def test_commands_are_taken_by_their_scripts(file, monkeypatch):
     monkeypatch.chdir(ROOT)
     for command, (script, *flags) in COMMANDS[file].items():
-        assert Path(script).is_file(), command
-        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-        if hasattr(module, "Config") and "--help" not in flags and command != NEEDS_A_RUN:
+        module = module_of(script)
+        if script == "run_with_submitit.py":
+            module.read_arguments(flags)  # what it passes on is looked at, too
+        elif script == "scripts/plan.py":
+            options, recipe = module.arguments(flags)
+            parse(module_of(options.script).Config, recipe)
+        elif not hasattr(module, "Config") and flags:
+            with monkeypatch.context() as patched, pytest.raises(Taken):
+                patched.setattr(argparse.ArgumentParser, "parse_args", parse_alone)
+                patched.setattr(sys, "argv", [script, *flags])
+                module.main()
+        elif hasattr(module, "Config") and "--help" not in flags and command != NEEDS_A_RUN:
             parse(module.Config, flags)
+
+
+def module_of(script: str):
+    """The module of `scripts/x.py` or `benchmarks.x`."""
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
+
+
+class Taken(BaseException):
+    """A tool takes its options; what it would do with them is left out."""
+
+
+PARSE = argparse.ArgumentParser.parse_args
+
+
+def parse_alone(parser: argparse.ArgumentParser, words: list[str] | None = None):
+    PARSE(parser, words)
+    raise Taken
 
 
 def test_the_quickstart_calls_scripts_as_they_are(tmp_path, monkeypatch):
@@ -86,7 +130,7 @@ def test_the_quickstart_calls_scripts_as_they_are(tmp_path, monkeypatch):
 
 
 def test_enough_commands_are_found():
-    assert sum(map(len, COMMANDS.values())) > 100
+    assert sum(map(len, COMMANDS.values())) > 200
 
 
 def test_runs_that_are_read_are_those_that_others_write():
@@ -105,3 +149,47 @@ def test_runs_that_are_read_are_those_that_others_write():
     ]
     assert len(read) > 15
     assert not [path for path in read if not written & {path, *path.parents}]
+
+
+def test_shards_that_recipes_read_are_those_that_commands_write():
+    recipes = [yaml.safe_load(file.read_text()) for file in ROOT.glob("configs/Recognition/*.yaml")]
+    read = {path for each in recipes for path in [*each.get("shards", []), each.get("test", "")]}
+    words = [word for each in COMMANDS[ROOT / "docs/NXTP.md"].values() for word in each]
+    written = {word for flag, word in pairwise(words) if flag == "--target"}
+    by_hand = "datasets/laion115m_nouns"
+    assert by_hand in (ROOT / "docs/NXTP.md").read_text()
+    labelled = {path for path in read if "_nouns" in path}
+    assert len(labelled) == 5 and labelled - written == {by_hand}
+
+
+FOREIGN = {  # of torchrun, pip, tar and srun
+    "--nproc_per_node", "--max-restarts", "--rdzv_endpoint", "--rdzv_conf", "--shutdown-timeout",
+    "--no-index", "--find-links", "--sort", "--gpus-per-task",
+}  # fmt: skip
+FLAG = re.compile(r"(?<![\w-])--\w[\w.-]*")
+
+
+def test_options_that_pages_name_are_options_of_something():
+    """In their sentences and tables; those of other code bases stand in COMING_FROM.md."""
+    files = [
+        *SCRIPTS,
+        *ROOT.glob("benchmarks/*.py"),
+        *ROOT.glob("*.sh"),
+        *ROOT.glob("scripts/*.sh"),
+    ]
+    known = {flag for file in files for flag in FLAG.findall(file.read_text())}
+    options = set()
+    for file in SCRIPTS:
+        module = module_of(str(file.relative_to(ROOT)))
+        if hasattr(module, "Config"):
+            schema = Schema(module.Config)
+            options |= {*schema.names, *schema.knobs}
+    unknown = []
+    for page in [*PAGES, ROOT / "CHANGELOG.md"]:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        named = {flag for code in re.findall(r"`([^`\n]+)`", text) for flag in FLAG.findall(code)}
+        for flag in named - known - FOREIGN if page.name != "COMING_FROM.md" else ():
+            key = flag[2:].replace("-", "_")
+            if not {key, key.removeprefix("no_")} & options:
+                unknown.append(f"{page.name}: {flag}")
+    assert not unknown

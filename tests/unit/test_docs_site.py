@@ -1,10 +1,12 @@
 """The documentation builds as one site, with every page in it and no dead link."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")  # within the repository
 
 
 def build(folder, target):
@@ -34,6 +36,29 @@ def test_a_dead_link_is_an_error(tmp_path):
     (tmp_path / "docs").mkdir()
     settings = (ROOT / "mkdocs.yml").read_text().split("nav:")[0]
     (tmp_path / "mkdocs.yml").write_text(settings)
-    (tmp_path / "docs/index.md").write_text("[gone](GONE.md)")
-    status, output = build(tmp_path, tmp_path / "site")
-    assert status != 0 and "GONE.md" in output
+    for link in ("GONE.md", "#gone"):
+        (tmp_path / "docs/index.md").write_text(f"[gone]({link})")
+        status, output = build(tmp_path, tmp_path / "site")
+        assert status != 0 and link in output
+
+
+def test_links_of_the_pages_beside_the_site_lead_somewhere():
+    """Those of README.md and its like; the site's own build looks at those of docs/."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "dataset/prompts/README.md"]
+    links = [(page, link) for page in pages for link in LINK.findall(page.read_text())]
+    assert len(links) > 60
+    dead = []
+    for page, link in links:
+        target, _, anchor = link.partition("#")
+        file = page.parent / target if target else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            dead.append(f"{page.name}: {link}")
+    assert not dead
+
+
+def anchors(page):
+    """Of a page's headings, as GitHub and mkdocs make them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.strip().replace(" ", "-") for heading in plain}

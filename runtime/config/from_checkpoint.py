@@ -136,7 +136,12 @@ def _found_from_here(saved: Mapping[str, Any], run: Path) -> dict[str, Any]:
     below = Path(*run.absolute().parts[: -len(output_dir.parts) or None])
     for name in FILES:
         value = saved.get(name)
-        if not isinstance(value, str) or os.path.isabs(value) or os.path.exists(value):
+        if not isinstance(value, str) or os.path.isabs(value):
+            continue
+        if saved.get("output_dir") == "." and os.path.exists(run / value):
+            saved[name] = str(run / value)  # of an export, whatever the current folder holds
+            continue
+        if os.path.exists(value):
             continue
         places = []
         if Path(value).is_relative_to(output_dir):

@@ -271,7 +271,7 @@ def test_weights_of_others_can_be_opened_after_their_export(kind, tmp_path):
 
 
 def test_a_run_is_exported_with_its_tokenizer_and_without_the_paths_of_the_machine(
-    digitscenes, tmp_path
+    digitscenes, tmp_path, monkeypatch
 ):
     import shutil
 
@@ -289,6 +289,8 @@ def test_a_run_is_exported_with_its_tokenizer_and_without_the_paths_of_the_machi
     run(source, "safetensors", tmp_path / "out")
     (tmp_path / "mine.txt.gz").unlink()
     moved = shutil.move(tmp_path / "out", tmp_path / "elsewhere")
+    (tmp_path / "bpe_path.txt.gz").write_text("another's")
+    monkeypatch.chdir(tmp_path)
     compare(ours(moved, image), expected, rtol=0, atol=0)
     assert read_yaml(moved / "config.yaml")[0]["metadata"] == "list.json"
     texts = [file for file in moved.iterdir() if file.suffix in (".yaml", ".md", ".json")]

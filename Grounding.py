@@ -32,10 +32,10 @@ from dataset.tasks.grounding import ReferringExpressions, read_detections, refer
 from dataset.tasks.loaders import split_loader, test_view, train_loader, training_view
 from dataset.tasks.retrieval import RetrievalCollate, RetrievalPair, number_images
 from dataset.text.wordpiece import TextCollate, Tokenizer
-from evaluation.grounding import Pointing, enlarge, grounding_accuracy, point_all
+from evaluation.grounding import Pointing, choosing_metric, enlarge, grounding_accuracy, point_all
 from evaluation.predict import over_split
 from evaluation.report.examples import box_case, gallery
-from evaluation.report.page import card, score_table, table
+from evaluation.report.page import card, score_table
 from evaluation.report.results import write_results
 from models.fusion.config import retrieval_config
 from models.fusion.grounding import check_layer, contrast_map, matching_map
@@ -166,9 +166,9 @@ def scores(found: list[Pointing], data: ReferringExpressions) -> dict[str, dict[
 
 
 def train(model: Retrieval, data: ReferringExpressions | None, tokenizer, config, start) -> Path:
-    """Train; returns the checkpoint to test: the best accuracy on the split val, else the last."""
-    validates = data is not None and any(target.split == "val" for target in data.targets)
-    run = Run(config, start.world, metric="accuracy" if validates else None)
+    """Train; returns the checkpoint to test: the best on the split val, else the last."""
+    metric = None if data is None else choosing_metric(data.targets, data.boxes)
+    run = Run(config, start.world, metric=metric)
     longest = model.config.bert.max_position_embeddings
     loader = training_data(config, tokenizer, longest, start.world, run.data_state())
     title = "Weakly supervised grounding"
@@ -200,7 +200,7 @@ def report(data: ReferringExpressions, maps: Tensor, found: list[Pointing], by_s
     for split, score in by_split.items():
         name = f"{split}, {score['expressions']} expressions"
         accuracy.append((name, score["accuracy"], score["chance"]))
-        pointing.append([split, f"{score['pointing']:.1f}"])
+        pointing.append((split, score["pointing"], score["pointing_chance"]))
     right = torch.tensor([result.iou >= 0.5 for result in found])
 
     def case(i: int) -> str:
@@ -210,10 +210,10 @@ def report(data: ReferringExpressions, maps: Tensor, found: list[Pointing], by_s
         return box_case(image, heat, data.written[i], data.boxes[i], best.box, true.box, best.iou)
 
     head = ["the chosen box has IoU >= 0.5, in %", "accuracy", "a box at random"]
-    game = table(["the map's maximum lies in the true box, in %", "pointing game"], pointing)
+    game = ["the map's maximum lies in the true box, in %", "pointing game", "a pixel at random"]
     intro = "Thin: detected boxes. Thick: the chosen one, green where right. Dashed: the true one."
     return [
-        card("Accuracy", score_table(head, accuracy, None), game),
+        card("Accuracy", score_table(head, accuracy, None), score_table(game, pointing, None)),
         gallery("Found", right, case, intro=intro),
     ]
 

@@ -23,6 +23,7 @@ class Pointing:
     iou: float  # of it with the annotated box
     hit: bool  # whether the map's maximum lies inside the annotated box
     chance: float  # fraction of the boxes that would have been right
+    inside: float  # fraction of the image's pixels inside the annotated box
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
@@ -72,10 +73,12 @@ def point(
     chosen = int(box_scores(large, boxes).argmax())  # the first of equals, whatever the sign
     row, column = divmod(int(large.argmax()), width)
     x, y, target_width, target_height = target
-    inside = x <= column + 0.5 < x + target_width and y <= row + 0.5 < y + target_height
+    columns = [at for at in range(width) if x <= at + 0.5 < x + target_width]
+    rows = [at for at in range(height) if y <= at + 0.5 < y + target_height]
     overlaps = [iou(box, target) for box in boxes]
     chance = sum(overlap >= 0.5 for overlap in overlaps) / len(boxes)
-    return Pointing(chosen, overlaps[chosen], inside, chance)
+    inside = len(columns) * len(rows) / (width * height)
+    return Pointing(chosen, overlaps[chosen], column in columns and row in rows, chance, inside)
 
 
 def point_all(
@@ -84,7 +87,7 @@ def point_all(
     """`point` for all expressions, shared among the processes: heat [R,g,g]; targets with box,
     height, width."""
     own = range(world.rank, len(heat), world.size)
-    rows = torch.zeros(len(own), 4, dtype=torch.float64)
+    rows = torch.zeros(len(own), 5, dtype=torch.float64)
     for row, i in enumerate(own):
         target = targets[i]
         found = point(heat[i], boxes[i], target.box, target.height, target.width)
@@ -92,11 +95,12 @@ def point_all(
         rows[row, 1] = found.iou
         rows[row, 2] = found.hit
         rows[row, 3] = found.chance
+        rows[row, 4] = found.inside
     numbers = torch.tensor(own, dtype=torch.int64)  # a process may have none
     table = gather_rows(rows.to(world.device), numbers, len(heat))
     results = []
-    for box, overlap, hit, chance in table.tolist():
-        results.append(Pointing(int(box), overlap, bool(hit), chance))
+    for box, overlap, hit, chance, inside in table.tolist():
+        results.append(Pointing(int(box), overlap, bool(hit), chance, inside))
     return results
 
 
@@ -104,7 +108,7 @@ def grounding_accuracy(
     found: Sequence[Pointing], splits: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """Per split in percent: `accuracy` (IoU of the chosen box at least 0.5), `pointing` (maximum
-    inside), `chance`."""
+    inside), `chance` of the accuracy and `pointing_chance` of the pointing game."""
     groups: dict[str, list[Pointing]] = defaultdict(list)
     for result, split in zip(found, splits, strict=True):
         groups[split].append(result)
@@ -115,6 +119,18 @@ def grounding_accuracy(
             "accuracy": 100 * sum(result.iou >= 0.5 for result in results) / count,
             "pointing": 100 * sum(result.hit for result in results) / count,
             "chance": 100 * sum(result.chance for result in results) / count,
+            "pointing_chance": 100 * sum(result.inside for result in results) / count,
             "expressions": count,
         }
     return metrics
+
+
+def choosing_metric(targets: Sequence, boxes: Sequence[Sequence]) -> str | None:
+    """The score of the split val that chooses the best checkpoint: the accuracy, or the pointing
+    game where every image has one box, which any network chooses; None without that split."""
+    counts = [
+        len(found) for target, found in zip(targets, boxes, strict=True) if target.split == "val"
+    ]
+    if not counts:
+        return None
+    return "accuracy" if max(counts) > 1 else "pointing"

@@ -28,7 +28,7 @@ POINTS = 400  # of a curve that are drawn at most
 # columns of the log without a chart: every training has them, or they are one number
 ALWAYS = {
     *("step", "epoch", "lr", "data_wait", "step_s", "memory_gb", "errors", "mfu", "tflops"),
-    "val_chance",
+    *("val_chance", "val_pointing_chance"),
 }
 LARGEST = 1e100  # of a number that is drawn
 CURVES = 18  # charts at most

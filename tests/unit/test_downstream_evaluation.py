@@ -11,7 +11,15 @@ from base.errors import UserError
 from dataset.images.decode import reading
 from dataset.tasks.grounding import Target
 from evaluation.accuracy import class_accuracy, confusion_table
-from evaluation.grounding import Pointing, box_scores, enlarge, grounding_accuracy, iou, point
+from evaluation.grounding import (
+    Pointing,
+    box_scores,
+    choosing_metric,
+    enlarge,
+    grounding_accuracy,
+    iou,
+    point,
+)
 from evaluation.report.examples import answer_case, box_case, gallery
 from evaluation.report.vqa import answer_report
 from evaluation.vqa import (
@@ -23,6 +31,7 @@ from evaluation.vqa import (
     unreachable,
     vqa_accuracy,
 )
+from runtime.scores import score_line
 
 
 @pytest.mark.parametrize(
@@ -221,6 +230,30 @@ def test_cases_cannot_become_markup():
     assert not any(tag in html for tag in ("<b>", "<i>", "<u>"))
 
 
+def test_pointing_is_beside_chance():
+    """A quarter of the pixels lies in the box, whose sides cross no pixel's middle."""
+    hit = point(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), [[0, 0, 4, 4]], [0.3, 0, 3.9, 4.4], 8, 8)
+    miss = point(torch.tensor([[0.0, 0.0], [0.0, 1.0]]), [[0, 0, 4, 4]], [-9, -9, 10.6, 13], 8, 8)
+    assert (hit.hit, hit.inside) == (True, 16 / 64) and (miss.hit, miss.inside) == (False, 8 / 64)
+    scores = grounding_accuracy([hit, miss], ["val", "val"])["val"]
+    assert scores["pointing_chance"] == 100 * (16 + 8) / 128
+    assert score_line(scores, "pointing") == "pointing 50, chance 18.75"
+
+
+@pytest.mark.parametrize(
+    ("splits", "boxes", "metric"),
+    [
+        (["val", "testA"], [1, 2], "pointing"),
+        (["val", "val"], [1, 2], "accuracy"),
+        (["testA"], [2], None),
+    ],
+)
+def test_what_chooses_the_best_checkpoint_of_grounding(splits, boxes, metric):
+    """Not the choice of a box where there is none to make: it is 100 % of the first validation."""
+    targets = [Target(1, split, [0, 0, 1, 1], 8, 8) for split in splits]
+    assert choosing_metric(targets, [[[0, 0, 1, 1]] * count for count in boxes]) == metric
+
+
 def test_a_missing_image_does_not_lose_the_page_of_grounding(tmp_path):
     """Within the error budget it was grey in the evaluation, too."""
     import Grounding
@@ -231,8 +264,9 @@ def test_a_missing_image_does_not_lose_the_page_of_grounding(tmp_path):
         written=["a cat"],
         file=lambda number: tmp_path / "missing.jpg",
     )
-    found = [Pointing(box=0, iou=1.0, hit=True, chance=1.0)]
+    found = [Pointing(box=0, iou=1.0, hit=True, chance=1.0, inside=0.25)]
     score = {"expressions": 1, "accuracy": 100.0, "chance": 100.0, "pointing": 100.0}
+    score["pointing_chance"] = 25.0
     with reading(grey=True) as noticed:
         cards = Grounding.report(expressions, torch.rand(1, 2, 2), found, {"val": score})
     assert "a cat" in cards[1] and len(noticed.unreadable) == 1

@@ -15,7 +15,7 @@ from base.text import as_list, is_blank, lenient_text
 from base.zip_member import image_source
 from dataset.images.decode import decode_image, image_bytes, is_turned, reading
 from dataset.tasks.grounding import is_coordinate
-from dataset.tasks.record import CAPTION_FIELDS, captions_of, labels_of, name_of
+from dataset.tasks.record import CAPTION_FIELDS, captions_of, labels_of, name_of, weights_of
 
 TINY = 32  # pixels of the shorter side below which an image is called tiny
 HUGE = 25_000_000  # pixels
@@ -109,6 +109,7 @@ class Examiner:
     def _look_at_texts(self, record: dict, facts: Facts) -> None:
         try:
             facts.texts = texts_of(record)
+            weights_of(record, facts.texts)  # says what is wrong with them
         except BadSample:
             problem = "empty text" if facts.labels else "no caption"  # which labels do without
             facts.problems[problem] = facts.name

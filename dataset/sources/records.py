@@ -315,7 +315,7 @@ def with_texts(entry: object, required: Iterable[str]) -> object:
             value = entry[field] = None  # pandas writes a missing text so
         if type(value) is list and list in types:
             if not all(type(item) is str for item in value):
-                entry[field] = [text for text in map(text_of, value) if text is not None]
+                _keep_texts(entry, field, list(map(text_of, value)))
         elif int in types and type(value) is float and value.is_integer():
             entry[field] = int(value)  # of pandas, beside missing ones
         elif str in types and int not in types and type(value) in (int, float):
@@ -323,6 +323,15 @@ def with_texts(entry: object, required: Iterable[str]) -> object:
         elif value is None and list in types and field in entry:
             entry[field] = []
     return entry
+
+
+def _keep_texts(entry: dict, field: str, texts: list[str | None]) -> None:
+    """Leave what is none out of an entry's texts, and its weight in their sampling."""
+    weights = entry.get(f"{field}_weights")
+    if isinstance(weights, list) and len(weights) == len(texts):
+        kept = [weight for weight, text in zip(weights, texts, strict=True) if text is not None]
+        entry[f"{field}_weights"] = kept
+    entry[field] = [text for text in texts if text is not None]
 
 
 def odd_items(entry: object, required: Sequence[str]) -> dict[str, object]:

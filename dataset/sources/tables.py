@@ -585,6 +585,8 @@ def image_text_rows(folder: Path, need_caption: bool = True) -> Iterator[dict]:
             others.append(path)
             continue
         beside = path.with_suffix(".txt")
+        if not beside.is_file():
+            beside = path.with_suffix(".TXT")
         if not need_caption:
             found += 1
             yield {"image": str(path)}

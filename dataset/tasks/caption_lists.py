@@ -9,6 +9,7 @@ from base.errors import MissingData, UserError, brief
 from base.image_names import existing
 from base.reading import first_letter, is_file, read_json, read_lines
 from base.text import as_list
+from base.zip_member import archive_of
 from dataset.sources.json_entries import TOKEN_LINE, TOKENS
 from dataset.sources.records import Records
 from dataset.sources.tables import parse_address
@@ -49,7 +50,8 @@ def _image_root(entry: Entry, file: Path, first: Sequence[str]) -> Path:
     or the one above it, as COCO's lie in annotations/."""
     places = [Path(entry.images)] if entry.images else [file.parent, file.parent.parent]
     for place in places:
-        if not first or any(is_file(existing(place / image)) for image in first):
+        files = [existing(place / image) for image in first]
+        if not first or any(is_file(archive_of(file) or file) for file in files):
             return place
     raise MissingData(
         f"{entry.name}: none of the first images is there, e.g. {places[0] / first[0]}; put the images where the "

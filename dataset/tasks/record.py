@@ -8,7 +8,6 @@ from torch import Tensor
 from base.errors import BadSample, brief
 from base.image_names import ImageKeys
 from base.text import as_list, clean_surrogates, lenient_text, text_of
-from base.zip_member import image_source
 from dataset.images.decode import decode_image
 from dataset.sources.json_entries import weights_fault
 from dataset.sources.shard_columns import json_in
@@ -95,7 +94,7 @@ def image_of(record: dict, root: str | Path = "") -> Tensor:
         return decode_image(image, name_of(record))
     if not isinstance(image, str | Path) or not str(image):
         raise BadSample(f"{name_of(record)}: neither image nor url")
-    return decode_image(image_source(Path(root), str(image)), str(Path(root) / image))
+    return decode_image(Path(root) / image)
 
 
 def by_image(rows: Iterable[tuple[str, list[str]]], root: Path) -> dict[str, list[str]]:

@@ -4,13 +4,14 @@ them, with the same texts."""
 import io
 import json
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from base.errors import BadSample
+from base.errors import BadSample, UserError
 from base.text import as_list, is_blank
 from dataset.health.samples import Examiner
 from dataset.health.survey import Looking, plan, survey
@@ -18,7 +19,9 @@ from dataset.sources.records import Records
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import find_shards
 from dataset.sources.shards import read_shard
+from dataset.tasks.caption_lists import retrieval_list
 from dataset.tasks.captions import ImageTextPair, caption_records
+from dataset.tasks.catalog import Entry
 from dataset.tasks.classification import LabelOptions, Labels, is_shards
 from dataset.tasks.pretrain import PretrainPair
 from dataset.tasks.record import captions_of
@@ -226,3 +229,38 @@ def test_texts_of_punctuation_alone_are_none_to_a_bert(root):
     fusion = PretrainPair(lambda image: (image, None), root)
     assert trained(data, fusion) == [["!", "a"]]
     assert all(facts.usable for facts in examined(data, root))
+
+
+def test_a_caption_that_is_null_takes_its_weight_along(root):
+    rows = [{"image": NAMES[0], "caption": ["a", None, "b"], "caption_weights": [1, None, 3]}]
+    rows.append({"image": NAMES[1], "caption": ["c", None], "caption_weights": [1, 2]})
+    (root / "pairs.json").write_text(json.dumps(rows))
+    assert_same(str(root / "pairs.json"), root, [["a", "b"], ["c"]])
+    assert [row["caption_weights"] for row in Records(root / "pairs.json")] == [[1, 3], [1]]
+    rows[0]["caption_weights"] = [1, None, 0]
+    (root / "pairs.json").write_text(json.dumps(rows))
+    found = examined(str(root / "pairs.json"), root)
+    assert [facts.usable for facts in found] == [False, True]
+    with pytest.raises(UserError, match="0 is no number above 0"):
+        Records(root / "pairs.json")
+
+
+def test_texts_beside_images_may_be_in_capitals(root):
+    (root / "own").mkdir()
+    (root / "own/A.JPG").write_bytes(IMAGE)
+    (root / "own/A.TXT").write_text("a cat\n")
+    assert_same(str(root / "own"), root, [["a cat"]])
+
+
+def test_members_of_zip_files_and_one_that_is_missing(root):
+    """An evaluation scores it as a grey image, as a file that is missing."""
+    with zipfile.ZipFile(root / "z.zip", "w") as archive:
+        archive.writestr("0.jpg", IMAGE)
+    rows = [{"image": f"z.zip/{number}.jpg", "caption": "a"} for number in range(2)]
+    (root / "pairs.json").write_text(json.dumps(rows))
+    images, captions = retrieval_list(Entry("x", "retrieval", str(root / "pairs.json")))
+    assert captions == [["a"], ["a"]] and images[0] == root / "z.zip/0.jpg"
+    (part,) = embed.parts_of(str(root / "pairs.json"), 100)
+    found = [embed.image_of_part(part, lambda image: image, root, False, n) for n in range(2)]
+    assert [row["readable"] for row in found] == [True, False]
+    assert [facts.usable for facts in examined(str(root / "pairs.json"), root)] == [True, False]

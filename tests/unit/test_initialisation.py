@@ -8,6 +8,7 @@ from models.classification.classifier import SIZES
 from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import VITS, build_dual
 from models.layers.clip_towers import ClipViT
+from models.layers.openai_towers import ModifiedResNet, OpenAIConfig
 from models.layers.vit import ViT, ViTConfig
 from models.layers.xbert import BertConfig, XBert
 from tests.helpers.clip_toys import toy
@@ -83,6 +84,18 @@ def test_the_text_transformer_keeps_its_gain_at_every_width():
             assert gains == pytest.approx([1, 0.5, 0.5**0.5, 0.5], rel=0.05)
         assert model.token_embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
         assert model.positional_embedding.std().item() == pytest.approx(0.01, rel=0.05)
+
+
+def test_openais_resnet_starts_as_published():
+    """The attention pool by its width, residual branches at 0 (`initialize_parameters`)."""
+    sizes = {"embed_dim": 256, "image_size": 32, "vision_width": 8}
+    tower = ModifiedResNet(OpenAIConfig(**sizes, vision_layers=(1, 2, 1, 1)))
+    pool = stds(tower.attnpool)
+    assert len(pool) == 4
+    for name, std in pool.items():
+        assert std == pytest.approx(256**-0.5, rel=0.05), name
+    for block in (tower.layer1[0], tower.layer2[1]):
+        assert not block.bn3.weight.any() and block.bn1.weight.eq(1).all()
 
 
 def test_temperatures_start_as_published():

@@ -1,6 +1,7 @@
 """The networks of VQA, VE, NLVR2 and grounding: what must hold whatever the weights."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,23 @@ def vqa(albef: bool, **options) -> Vqa:
     torch.manual_seed(0)
     config = tiny_config(albef)
     return spread(Vqa(VqaConfig(config.vit, config.bert, decoder_layers=2, **options)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "weights", "layers"),
+    [(None, {}, 3), (None, {"text_decoder.bert.encoder.layer.3.output": 0}, 4), (5, {}, 5)],
+)
+def test_the_decoder_is_half_as_deep_as_the_encoder_where_nothing_tells(
+    asked, weights, layers, monkeypatch
+):
+    """ALBEF's: six layers for twelve."""
+    import VQA
+
+    config = tiny_config(layers=6)
+    monkeypatch.setattr(VQA, "networks", lambda *_: (config.vit, config.bert))
+    options = SimpleNamespace(decoder_layers=asked, distill=False, compat="none")
+    model = VQA.build_model(options, SimpleNamespace(vocab_size=VOCAB), weights)
+    assert model.text_decoder.bert.depth == layers
 
 
 ANSWERS = [[5, 6], [7], [5, 8, 9], [10], [11, 12], [7, 13], [14]]

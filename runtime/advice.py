@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
@@ -72,11 +73,26 @@ def advice_on(error: BaseException) -> str | None:
     return None
 
 
+ROOT = Path(__file__).resolve().parents[1]
+_in_full = warnings.formatwarning
+
+
+def format_warning(message, category, filename, lineno, line=None) -> str:
+    """`warning: MESSAGE` of this repository's own, without a line of its code; libraries' as ever.
+    For `warnings.formatwarning`."""
+    place = Path(filename)
+    own = place.is_relative_to(ROOT) and "site-packages" not in place.parts
+    if own and category is UserWarning:
+        return f"warning: {message}\n"
+    return _in_full(message, category, filename, lineno, line)
+
+
 def ends_with_advice(main: Callable[P, int]) -> Callable[P, int]:
     """The `main` of a tool, whose status is 2 after one line on stderr where the user can help."""
 
     @wraps(main)
     def tool(*words: P.args, **named: P.kwargs) -> int:
+        warnings.formatwarning = format_warning
         try:
             return main(*words, **named)
         except (UserError, OSError) as error:

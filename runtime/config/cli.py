@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from pathlib import Path
@@ -29,7 +30,13 @@ from base.errors import UnfitWeights, UserError
 from base.knobs import knob, restated, section
 from base.processes import SENTENCE_FILE, end_with_parent
 from base.writing import check_output_folder
-from runtime.advice import advice_on, has_lost_peer, launched_rank, leave_with
+from runtime.advice import (
+    advice_on,
+    format_warning,
+    has_lost_peer,
+    launched_rank,
+    leave_with,
+)
 from runtime.bucket import output_in_bucket
 from runtime.builtin_data import make_digitscenes_if_named, of_its_images_alone
 from runtime.config.draft import COMMAND_LINE, Draft, at_flag, at_override, flag
@@ -226,6 +233,7 @@ def run_script(
 ) -> None:
     """Parse and call `main(config)`. What the user can fix is one line on stderr and exit status 2;
     Ctrl-C is 130."""
+    warnings.formatwarning = format_warning
     if SENTENCE_FILE in os.environ:
         end_with_parent()
     if isinstance(sys.stdout, io.TextIOWrapper):

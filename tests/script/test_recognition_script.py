@@ -187,7 +187,8 @@ def test_captions_without_nouns_are_counted_and_kept(tmp_path):
     with pytest.raises(ValueError, match="holds the shards themselves"):
         script(extract_nouns, *flags, "--target", tmp_path / "in")
     (tmp_path / "odd").mkdir()
-    samples = {key: {"jpg": jpeg(), "json": b'{"cap": %s}' % key.encode()} for key in ("5", '"a"')}
+    captions = {"0": b"{}", "1": b'"a"'}  # the first is no text
+    samples = {key: {"jpg": jpeg(), "json": b'{"cap": %s}' % c} for key, c in captions.items()}
     write_shard(tmp_path / "odd/0.tar", samples)
     flags[1] = f"{tmp_path / 'odd/0.tar'}?caption=json.cap"
     with pytest.raises(ValueError, match="no caption has a noun"):

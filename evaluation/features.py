@@ -74,9 +74,9 @@ def feature_bank(
     file.
 
     encode: images on `world.device` -> features [B,width]. batches(): those of `own`, in order,
-    with image [B,...] and labels [B,1]: a dataset.loading.eval.EvalLoader. The folder must be one that all processes share; of several
-    runs that make the same bank, each writes files of its own. Raises UserError for images with
-    several labels, and where a feature is not finite.
+    with image [B,...] and labels [B,1]: a dataset.loading.eval.EvalLoader. The folder must be one
+    that all processes share; of several runs that make the same bank, each writes files of its own.
+    Raises UserError for images with several labels, and where a feature is not finite.
     """
     features = path.with_suffix(".npy")
     labels = path.with_suffix(".labels.npy")

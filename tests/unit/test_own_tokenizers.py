@@ -16,6 +16,7 @@ from PIL import Image
 
 from base.errors import UserError
 from dataset.sources.tar_writer import write_shard
+from dataset.text import vocabulary
 from dataset.text.bpe import ClipTokenizer
 from dataset.text.sentencepiece import PieceTokenizer
 from dataset.text.wordpiece import Tokenizer
@@ -288,3 +289,9 @@ def test_what_trains_a_tokenizer_ends_with_the_run_that_asked(tmp_path):
     while alive(child):
         assert time.monotonic() < deadline, "it lives on"
         time.sleep(0.05)
+
+
+def test_letters_that_are_not_ascii_come_by_how_often_they_are_met(monkeypatch):
+    monkeypatch.setattr(vocabulary, "OTHER_LETTERS", 3)
+    found = vocabulary.letters_of(["ñ ßöäö", "üüü ä"])
+    assert found == [*vocabulary.LETTERS, "ü", "ä", "ö"]

@@ -1,6 +1,7 @@
 """Write a run's metrics.json and report.html."""
 
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +33,14 @@ def write_results(
     source = str(config.checkpoint or getattr(config, "model", None))  # a library's model has none
     metrics = {"checkpoint": source, **metrics}
     _keep(folder, {**metrics, "config": to_dict(config)})
+    with suppress(OSError, UserError):  # there are none
+        before = read_json(folder / "metrics.json", dict).get("checkpoint", source)
+        if before != source:
+            print(
+                f"{folder}: this evaluation replaces the files of {before}, whose figures stay in "
+                "metrics.jsonl; another --output-dir keeps both",
+                file=sys.stderr,
+            )
     write_json(folder / "metrics.json", metrics, indent=2)
     save(config, folder / "config.yaml")
     footer = join(

@@ -132,6 +132,16 @@ def test_figures_of_every_evaluation_in_a_folder_are_kept(tmp_path):
     assert history.read_text() == kept[:-9] + "\n" + kept.splitlines(keepends=True)[-1]
 
 
+def test_an_evaluation_says_whose_files_it_replaces(tmp_path, capsys):
+    for checkpoint, replaced in (("a.pt", None), ("a.pt", None), ("b.pt", "a.pt")):
+        write_results(Evaluation(checkpoint, "x", tmp_path), "title", {"acc1": 1.0}, [])
+        said = capsys.readouterr().err
+        if replaced is None:
+            assert "replaces" not in said
+        else:
+            assert f"{tmp_path}/result: this evaluation replaces the files of {replaced}" in said
+
+
 def test_a_long_history_is_not_held_in_memory(tmp_path):
     history = tmp_path / "result/metrics.jsonl"
     history.parent.mkdir()

@@ -138,7 +138,8 @@ def find_images(config: Config) -> list[dict]:
             found |= dict.fromkeys(str((config.image_root / image).absolute()) for image in images)
     if len(found) < 2 * HELD_OUT:
         raise UserError(
-            f"--data: {len(found)} images; name JSON lists or folders with at least {2 * HELD_OUT}"
+            f"{len(found)} images are too few for an image tokenizer of your own: give {2 * HELD_OUT} or "
+            "more (train_dvae.py: --data)"
         )
     return [{"image": image} for image in found]
 

@@ -179,6 +179,13 @@ def _frozen_statistics(block: nn.Module):
             norm._buffers.update(buffers)
 
 
+def knows_fsdp() -> bool:
+    """Whether this torch's FSDP2 leaves given parameters whole: from 2.7 on."""
+    from torch.distributed.fsdp import fully_shard
+
+    return "ignored_params" in inspect.signature(fully_shard).parameters
+
+
 def shard(model: nn.Module, world: World, features) -> nn.Module:
     """FSDP2: each block is a unit, what remains is the root unit. In place; `whole_model` gathers it
     again.
@@ -195,7 +202,7 @@ def shard(model: nn.Module, world: World, features) -> nn.Module:
         raise UserError(
             "parallel: fsdp needs a launcher; start with torchrun (one process is enough)"
         )
-    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+    if not knows_fsdp():
         raise UserError(
             f"parallel: fsdp needs torch 2.7 or newer, this is {torch.__version__}; use ddp"
         )

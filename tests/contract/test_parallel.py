@@ -3,14 +3,12 @@ the numbers."""
 
 import copy
 import functools
-import inspect
 import os
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.distributed.fsdp import fully_shard
 
 from base import distributed
 from base.errors import UserError
@@ -20,6 +18,7 @@ from runtime.parallel import (
     ParallelOptions,
     device_mesh,
     gradient_sync,
+    knows_fsdp,
     parallelize,
     transformer_blocks,
     whole_model,
@@ -27,7 +26,7 @@ from runtime.parallel import (
 from tests.helpers.processes import start_processes
 
 CPU = torch.device("cpu")
-FSDP2 = "ignored_params" in inspect.signature(fully_shard).parameters
+FSDP2 = knows_fsdp()
 needs_fsdp2 = pytest.mark.skipif(not FSDP2, reason="FSDP2 takes whole scalars from torch 2.7 on")
 STEPS = 3
 

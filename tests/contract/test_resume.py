@@ -71,7 +71,12 @@ CASES = {
 }
 # written beside the training, so that the kill may come in the middle of it
 SHARDED = {"sharded, 2 processes": (2, False, "ddp"), "sharded, fsdp": (2, False, "fsdp")}
-SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in SHARDED]
+SLOW = [
+    pytest.param(
+        case, marks=[pytest.mark.slow, needs_fsdp2] if "fsdp" in case else pytest.mark.slow
+    )
+    for case in SHARDED
+]
 
 
 @pytest.mark.parametrize("case", [*CASES, *SLOW])

@@ -27,7 +27,9 @@ from tests.helpers.exported import (
 )
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-RESIZED = {"atol": 2e-3, "rtol": 0}  # Pillow's resize rounds otherwise than torchvision's
+# Pillow's resize rounds one value of 300 otherwise than torchvision's, and random networks make of it
+# up to 0.007 (torch 2.6); a crop one pixel aside makes 0.08
+RESIZED = {"atol": 1e-2, "rtol": 0}
 SIDE = 32
 TEXT = TextShape(context_length=16, vocab_size=49408, width=64, heads=1, layers=2)
 VIT = {"vision_width": 64, "vision_layers": 2, "patch_size": 8}
@@ -209,7 +211,7 @@ def test_align(to, digitscenes, tmp_path, monkeypatch):
     found, expected = LIBRARIES[to](tmp_path / "out", image), ours(source, image)
     torch.testing.assert_close(found[1], expected[1], **CLOSE)
     torch.testing.assert_close(
-        found[0] / found[0].norm(), expected[0] / expected[0].norm(), **RESIZED
+        found[0] / found[0].norm(), expected[0] / expected[0].norm(), atol=2e-3, rtol=0
     )
 
 

@@ -114,7 +114,7 @@ def parse_json(
         else:
             text = data
             data = data.encode("utf-8", "surrogatepass")
-        if _too_deep(data):
+        if too_deep(data):
             raise ValueError(f"nested deeper than {NESTED_LEVELS} levels")
         constant = _null if nan_is_null else _no_constant
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
@@ -178,9 +178,11 @@ def _null(text: str) -> None:
     return None
 
 
-def _too_deep(data: bytes) -> bool:
+def too_deep(data: bytes) -> bool:
     """Whether JSON text nests deeper than NESTED_LEVELS: peels off innermost pairs of brackets, level
     by level."""
+    if data.count(b"[") + data.count(b"{") <= NESTED_LEVELS:
+        return False
     brackets = data.translate(None, NOT_BRACKETS)
     for _ in range(NESTED_LEVELS):
         brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")

@@ -10,8 +10,8 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 from base.errors import UserError
-from base.limits import ENTRY_BYTES
-from base.reading import parse_entry, repeated_key
+from base.limits import ENTRY_BYTES, NESTED_LEVELS
+from base.reading import parse_entry, repeated_key, too_deep
 from base.text import looks_like
 
 CHUNK = 4 << 20  # bytes read at a time
@@ -126,14 +126,18 @@ class _Window:
             self.repeated = None
             try:
                 entry, end = self.decode_entry(self.text, self.place)
+                deep = too_deep(self.text[self.place : end].encode("latin-1"))
                 break
             except RecursionError:
-                raise self.error("nested too deeply") from None
+                deep = True
+                break
             except ValueError as error:
                 if len(self.text) - self.place > ENTRY_BYTES or not self._extend():
                     reason = f"{error.args[0].split(':')[0]}){looks_like(self.start)}"
                     reason += f"; {SBU}" if SBU_START.match(self.start) else ""
                     raise self.error(f"not valid JSON ({reason}") from None
+        if deep:  # for whoever walks through it
+            raise self.error(f"nested deeper than {NESTED_LEVELS} levels")
         start, self.place = self.offset + self.place, end
         self.number += 1
         return start, entry if self.repeated is None else self.repeated

@@ -31,7 +31,7 @@ from base.caches import file_state, states_digest
 from base.errors import BadSample, UserError, brief
 from base.limits import CELL_BYTES, check_limit, over_limit
 from base.names import SHARD_ENDING, matching_files, nearest
-from base.reading import read_bytes, read_json, read_start
+from base.reading import read_bytes, read_json, read_start, too_deep
 from base.text import (
     as_list,
     encoding_of,
@@ -288,8 +288,8 @@ def _by_name(names: list[str], rows: Iterable[list[str] | str]) -> Iterator[dict
 
 
 def _cell(text: str) -> object:
-    """A cell's text; a list in it, as JSON or Python writes it, is a list."""
-    if text[:1] == "[" and text[-1:] == "]":
+    """A cell's text; a list in it, as JSON or Python writes it, is a list unless it is too deep."""
+    if text[:1] == "[" and text[-1:] == "]" and not too_deep(text.encode(errors="surrogatepass")):
         with suppress(ValueError, RecursionError):
             return json.loads(text)
         with suppress(ValueError, SyntaxError):

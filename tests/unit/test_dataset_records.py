@@ -179,9 +179,19 @@ def test_ids_stay_what_the_file_says(tmp_path):
 
 def test_deep_entries_are_one_sentence(tmp_path):
     deep = "[" * 50_000
-    for text in (deep, f'[{{"image": "a", "caption": {deep}', f'{{"image": {deep}'):
-        with pytest.raises(UserError, match="nested too deeply"):
-            Records(write(tmp_path, text))
+    closed = "[" * 900 + "]" * 900  # json parses it; what walks through it would not
+    texts = [deep, f'[{{"image": "a", "caption": {deep}', f'{{"image": {deep}']
+    for text in (*texts, f'{{"image": "a", "caption": "x", "more": {closed}}}'):
+        path = write(tmp_path, text)
+        for address in (path, f"{path}?caption=caption"):
+            with pytest.raises(UserError, match="nested deeper than 200 levels"):
+                Records(address)
+
+
+def test_brackets_in_texts_are_no_levels(tmp_path):
+    entry = {"image": "a", "caption": "[" * 300 + '"{', "boxes": [[1, 2]] * 300}
+    path = write(tmp_path, json.dumps([entry]))
+    assert list(Records(path)) == list(Records(f"{path}?caption=caption")) == [entry]
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 8, b"\xff" * 16, b"abc", b"\0" * 24])

@@ -65,6 +65,9 @@ def test_lists_in_cells_and_other_fields(tmp_path):
     for cell, text in ((repr(texts), texts), ("['a' 'b']", "['a' 'b']"), ("[a, b]", "[a, b]")):
         table = write_table(tmp_path / "p.csv", ("image", "caption"), [("1.jpg", cell)])
         assert Records(table)[0]["caption"] == text  # as pandas saves a list; NumPy's has no commas
+    deep = "[" * 900 + "]" * 900
+    table = write_table(tmp_path / "p.csv", ("image", "caption", "more"), [("1.jpg", "x", deep)])
+    assert Records(table)[0]["more"] == deep
 
 
 def test_a_text_that_spells_a_list_of_texts_is_that_list(tmp_path):

@@ -30,7 +30,7 @@ from dataset.sources.tfrecord import is_tfrecord, read_frames
 LISTED = 5  # bad samples named
 THREADS = 8
 ERROR_BUDGET = 0.01  # fraction of samples without an image above which shards are refused
-INDEX_VERSION = 4  # part of the key of cached indices: raise it when the rules of reading change
+INDEX_VERSION = 5  # part of the key of cached indices: raise it when the rules of reading change
 ARRAYS = ("shard", "first", "kind", "start", "size", "key_end", "keys", "kinds", "bad", "lost")
 
 
@@ -143,14 +143,18 @@ class ShardIndex(Sequence):
         """The encoded image of a sample, whatever else it lacks."""
         columns = columns_of(self.names[self.shard[index]])
         if self._is_example(index):
-            own = {field: given for field, given in columns.items() if field == "image"}
-            return self._record(index, own)["image"]
+            return self._record(index, _of_image(columns))["image"]
         endings = self.endings(index)
         kinds = image_kinds(columns)
         return self.read(index, next(kind for kind in kinds if kind in endings))
 
     def _is_example(self, index: int) -> bool:
         return is_tfrecord(self.names[self.shard[index]])
+
+
+def _of_image(columns: Mapping[str, Columns]) -> dict[str, Columns]:
+    """Of the members that an address names that of the image."""
+    return {field: given for field, given in columns.items() if field == "image"}
 
 
 def _cached_table(names: Sequence[str], files: Sequence[Path]) -> dict[str, np.ndarray]:
@@ -224,11 +228,17 @@ def _samples(name: str, file: Path) -> Iterator[Sample]:
 
 def _frames(name: str, file: Path) -> Iterator[Sample]:
     """The examples of a TFRecord file, read through to check them."""
+    image = _of_image(columns_of(name))
+    name = plain_name(name)
     with open(file, "rb") as opened:
         start = 0
         for number, payload in enumerate(read_frames(opened, name)):
-            if isinstance(payload, BadSample):
-                yield Sample(str(number), {}, str(payload))
+            record: dict | BadSample | bytes = payload
+            if isinstance(payload, bytes):
+                record = example_record(name, number, payload, image)
+            if isinstance(record, BadSample):
+                fault = str(record).removeprefix(f"{name}/{number}: ")
+                yield Sample(str(number), {}, fault)
             else:
                 yield Sample(str(number), {"example": (start, len(payload))})
             start = opened.tell()

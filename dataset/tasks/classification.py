@@ -354,7 +354,8 @@ def training_source(
         records = shared_records(data, knobs.data_root, "train", classes, knobs.download)
         if isinstance(records, Records):  # a fault of the whole list shows at once
             for index in range(min(ENOUGH, len(records))):
-                labels(records[index] | {"index": index})
+                with suppress(BadSample):  # of this entry alone: the stream counts it
+                    labels(records[index] | {"index": index})
         source = RecordSource(records, build, data)
     return Labelled(source, labels) if labels.options.label_threshold > 0 else source
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from base.errors import BadSample, brief
 from base.image_names import ImageKeys
-from base.text import as_list, clean_surrogates, lenient_text, text_of
+from base.text import as_list, clean_surrogates, is_blank, lenient_text, text_of
 from dataset.images.decode import decode_image
 from dataset.sources.json_entries import weights_fault
 from dataset.sources.shard_columns import json_in
@@ -50,8 +50,13 @@ def labels_of(record: dict) -> tuple[str | None, dict]:
     values = record
     if isinstance(record.get("json"), bytes):
         values = record | json_in(record["json"], f"{name_of(record)}.json")
-    fields = (name for name in LABEL_FIELDS if values.get(name) not in (None, [], b""))
-    return next(fields, None), values
+    given = ((name, values.get(name)) for name in LABEL_FIELDS)
+    return next((name for name, value in given if not _is_none(value)), None), values
+
+
+def _is_none(value: object) -> bool:
+    """Whether a field holds nothing: null, no item, a blank text."""
+    return value in (None, [], b"") or (isinstance(value, str) and is_blank(value))
 
 
 def weights_of(record: dict, captions: str | list[str]) -> list[float] | None:

@@ -132,7 +132,8 @@ def test_wrong_labels_end_the_run(record, words):
 
 
 @pytest.mark.parametrize(
-    "record", [{}, {"labels": []}, {"json": b"{}"}, {"json": b"["}, {"caption": "a cat"}]
+    "record",
+    [{}, {"labels": []}, {"label": " "}, {"json": b"{}"}, {"json": b"["}, {"caption": "a cat"}],
 )
 def test_a_sample_without_label_is_a_bad_sample(record):
     with pytest.raises(BadSample, match=r"no label|not valid JSON"):
@@ -236,6 +237,38 @@ def test_shards(kind, tmp_path):
     loader = StreamLoader(Stream([source], LabelCollate()), 4, workers=0)
     seen = torch.cat([next(loader)["labels"][:, 0] for _ in range(2)])
     assert sorted(seen.tolist()) == sorted(expected)
+
+
+@pytest.mark.parametrize("nothing", [None, [], float("nan"), ""], ids=str)
+def test_an_entry_without_labels_is_left_out_of_a_list(nothing, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    lines = [{"url": "a.jpg", "labels": each} for each in ([0], nothing, [1], [0])]
+    file = tmp_path / "list.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = training_source(str(file), VIEW, labels(2), [], options(tmp_path))
+    loader = StreamLoader(Stream([source], LabelCollate()), 3, workers=0, error_budget=0.5)
+    assert sorted(torch.cat([next(loader)["labels"] for _ in range(2)])[:, 0].tolist()[:3]) == [
+        0,
+        0,
+        1,
+    ]
+    assert loader.errors[str(file)] >= 1 and "entry 1: no label" in loader.bad_samples[0]
+
+
+def test_an_example_without_an_image_is_left_out_of_shards(tmp_path):
+    """As a sample of a tar without one."""
+    fields = [{"jpg": jpeg(1), "label": 1}, {"label": 2}, {"jpg": jpeg(3), "label": 3}]
+    path = tmp_path / "a.tfrecord"
+    write_records(path, [*map(encode_example, fields), b"\x0a\xff"])
+    index = ShardIndex([path], error_budget=0.5)
+    assert [record["label"] for record in index] == [[1], [3]] and index.lost == 2
+    assert index.bad[0].startswith(f"{path}/1: no image (image, jpg, ")
+    split = Split(str(path), HERE, VIEW, labels(4), records=index)
+    assert [split.load(i)["labels"] for i in range(2)] == [[1], [3]]
+    with pytest.raises(
+        UserError, match=r"2 of 4 samples are unusable(.|\n)*a\.tfrecord/1: no image"
+    ):
+        ShardIndex([path])
 
 
 def test_a_broken_checksum_is_counted(tmp_path):

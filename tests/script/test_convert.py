@@ -153,6 +153,7 @@ def test_a_vocabulary_of_ones_own(to, digitscenes, tmp_path):
     compare(found, ours(source, image, bpe_path=merges), **CLOSE)
 
 
+@pytest.mark.slow
 def test_as_many_merges_as_clips_are_not_clips(tmp_path):
     """open_clip's own tokenizer would make other ids of the same texts."""
     from dataset.text.bpe import ClipTokenizer
@@ -258,7 +259,8 @@ def rocket_file(folder, model: str):
 
 
 @pytest.mark.parametrize(
-    "kind", ["hf", pytest.param("CLIP_VITT8", marks=pytest.mark.slow), "CLIP_VITT8_CLIP"]
+    "kind",
+    ["hf", *(pytest.param(f"CLIP_VITT8{head}", marks=pytest.mark.slow) for head in ("", "_CLIP"))],
 )
 def test_weights_of_others_can_be_opened_after_their_export(kind, tmp_path):
     """What described their network lies beside them again: config.json, or the section of a run."""

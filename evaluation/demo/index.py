@@ -79,7 +79,8 @@ def build_index(
     captions = read_captions(root, states) if embedder.texts else []
     groups = store.unknown_captions(captions, batch_size)
     for texts in show(groups, "captions"):
-        store.add_captions(texts, embedder.texts(texts))
+        store.add_captions(texts, embedder.texts)
+    captions = [text for text in captions if text in store.texts]
     if new or groups:
         store.rows = {name: store.rows[name] for name in states}
         store.keep()
@@ -141,8 +142,13 @@ class Store:
         new = [text for text in captions if text not in self.texts]
         return [new[start : start + size] for start in range(0, len(new), size)]
 
-    def add_captions(self, texts: Sequence[str], embeddings: Tensor) -> None:
-        self.texts.update(zip(texts, embeddings, strict=True))
+    def add_captions(self, texts: Sequence[str], embed: Callable) -> None:
+        """Embed captions; one of which the network's cleaning leaves no word is left out."""
+        try:
+            self.texts.update(zip(texts, embed(texts), strict=True))
+        except UserError:
+            for text in texts if len(texts) > 1 else ():
+                self.add_captions([text], embed)
 
     def index(self, root: Path, states: dict[str, State], captions, new: Sequence[str]) -> Index:
         """The index of the files that are there, `new` ones among them. UserError where none can be

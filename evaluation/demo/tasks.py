@@ -55,10 +55,12 @@ def classify(
     embedder: Embedder, image: Tensor, names: Sequence[str], template: str
 ) -> list[Scored]:
     """Softmax over scaled cosines of the image and each name in the template, best first."""
+    template = typed(template, "a template")
     if "{}" not in template:
         raise UserError(f"the template {template!r} has no {{}} for the class name; add it")
     if len(names) < 2:
         raise UserError("type two class names or more, one a line")
+    typed(template.replace("{}", max(names, key=len)), "the longest class name in its template")
     texts = embedder.texts([template.replace("{}", name) for name in names])
     query = embedder.images(embedder.view(image)[None])
     found = word_probabilities(query, texts, names, embedder.scale)

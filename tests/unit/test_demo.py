@@ -242,6 +242,11 @@ def test_classification_beside_chance():
         ),
         (lambda: tasks.classify(None, None, ["a", "b"], "a photo"), "has no {}"),
         (lambda: tasks.classify(None, None, ["a"], "{}"), "two class names or more"),
+        (lambda: tasks.classify(None, None, ["a", "b"], None), "type a template first"),
+        (
+            lambda: tasks.classify(None, None, ["a", "b" * 1000], "{}{}{}"),
+            "class name in its template: 3,000 letters are more than 2,000",
+        ),
         (lambda: tasks.answer(Abilities("x"), None, "q", []), "type the answers to choose from"),
     ],
 )
@@ -287,6 +292,24 @@ def test_heat_maps_come_with_the_score_that_they_are_of():
     albef = Abilities("b", colour_embedder(), match=max, word_maps=min)
     both = together([clip, albef, Abilities("c", colour_embedder(), match=len, word_maps=len)])
     assert both.embedder is clip.embedder and (both.match, both.word_maps) == (max, min)
+
+
+def test_captions_without_a_word_are_left_out(folder):
+    """ALBEF's cleaning leaves nothing of a line of stars, as its users set under headings."""
+    (folder / "red.txt").write_text("a red field\n***\nsomething green\n")
+    embedder = colour_embedder()
+    embed = embedder.texts
+
+    def texts(sentences):
+        if "***" in sentences:
+            raise UserError("no word is left")
+        return embed(sentences)
+
+    embedder.texts = texts
+    for _ in range(2):  # the second time from the disk
+        index = indexed(folder, embedder, Reads())
+        assert sorted(index.captions) == ["a blue field", "a red field", "something green"]
+        assert torch.equal(index.texts, embed(index.captions))
 
 
 def test_an_image_encoder_searches_no_captions(folder):

@@ -432,11 +432,13 @@ class Run:
                 "epoch": round(self.plan.epoch(step), 4),
                 "lr": self.plan.lr(step - 1),
             }
-            reports = distributed.gather_objects((self.loader.errors, self.saver.failure))
-            bad = sum(sum(counts.values()) for counts, _ in reports)
+            own = (self.loader.errors, self.loader.drawn, self.saver.failure)
+            errors, drawn, failures = zip(*distributed.gather_objects(own), strict=True)
+            bad = sum(sum(counts.values()) for counts in errors)
             self.log.write(step, **position, **means, **self.watch.read(), errors=bad)
-            for failure in filter(None, (failure for _, failure in reports)):
+            for failure in filter(None, failures):
                 raise UserError(failure)  # of a write beside the training
+            self.loader.check_together(errors, sum(drawn))
 
     def _say_trace(self, trace: Path | None) -> None:
         if trace:

@@ -4,11 +4,12 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from base.distributed import ALONE, World
+from base.distributed import ALONE, World, gather_objects
 from base.errors import BadSample, UserError
 from dataset.images.decode import load_decoder, reading
 from dataset.loading.randomness import generators_kept, mix, permuted, seed_generators
@@ -205,12 +206,12 @@ class StreamLoader:
     """Iterator over the endless stream of one rank's batches, made by `workers` processes (0: in this process).
 
     world: this rank and how many there are; batches for CUDA are pinned. steps_per_epoch: batches per rank and epoch.
-    errors: bad samples dropped so far per source. state_dict() refers to the last batch handed out; passing it as
+    errors: bad samples dropped so far per source, by this process. state_dict() refers to the last batch handed out; passing it as
     `state` continues behind it. Other ranks or workers continue where all of them were together, no sample repeated
     or left out, given the states of all ranks in order. With other data or another seed they do at about the same
     fraction of the data, with a warning.
     error_budget: fraction of bad samples (after the first thousand, or all) above which a UserError
-    lists them.
+    lists them; on several processes `check_together` counts those of all.
     """
 
     def __init__(
@@ -252,6 +253,12 @@ class StreamLoader:
     @property
     def errors(self) -> dict[str, int]:
         return self._counted("bad")
+
+    @property
+    def drawn(self) -> int:
+        """Samples drawn so far by this process, those included that were lost with others."""
+        slots = self._state["slots"]
+        return sum(sum(slot["drawn"]) + sum(slot["missing"]) for slot in slots)
 
     @property
     def truncated(self) -> dict[str, int]:
@@ -300,7 +307,9 @@ class StreamLoader:
         self.bad_samples = (self.bad_samples + dropped)[:LISTED]
         self._name([f"unusable sample, left out: {message}" for message in dropped])
         self._name([f"damaged sample, used: {message}" for message in truncated])
-        self._check_budget()
+        # as all draw as many: this one has more bad samples than all together may have
+        if self._is_beyond(sum(self.errors.values()), self.drawn * self.world_size):
+            raise self._too_many([self.errors], self.drawn, self.bad_samples)
         return batch
 
     def _name(self, messages: list[str]) -> None:
@@ -380,13 +389,21 @@ class StreamLoader:
         position = {"samples": states[0]["samples"], "batches": 0, "slots": own}
         return {"made_with": self._made_with(), **position}
 
-    def _check_budget(self) -> None:
-        slots = self._state["slots"]
-        drawn = sum(sum(slot["drawn"]) + sum(slot["missing"]) for slot in slots)
-        bad = sum(self.errors.values())
-        if bad > self.error_budget * drawn and drawn >= min(ENOUGH, len(self.stream)):
-            counts = ", ".join(f"{name} {count}" for name, count in self.errors.items())
-            raise UserError(too_many(self.bad_samples, bad, drawn) + f"\nper source: {counts}")
+    def check_together(self, errors: Sequence[Mapping[str, int]], drawn: int) -> None:
+        """UserError on every process where of the samples that all have drawn more are bad than the
+        budget allows: one of many has by chance more than its share. errors: of each process."""
+        if self._is_beyond(sum(sum(counts.values()) for counts in errors), drawn):
+            listed = dict.fromkeys(chain.from_iterable(gather_objects(self.bad_samples)))
+            raise self._too_many(errors, drawn, list(listed))
+
+    def _is_beyond(self, bad: int, drawn: int) -> bool:
+        return bad > self.error_budget * drawn and drawn >= min(ENOUGH, len(self.stream))
+
+    def _too_many(self, errors: Sequence[Mapping[str, int]], drawn: int, listed: list) -> UserError:
+        sums = {name: sum(counts[name] for counts in errors) for name in errors[0]}
+        counts = ", ".join(f"{name} {count}" for name, count in sums.items())
+        message = too_many(listed, sum(sums.values()), drawn)
+        return UserError(f"{message}\nper source: {counts}")
 
 
 class _Slots(IterableDataset):

@@ -1,4 +1,4 @@
-"""Evaluation's error budget counts the unreadable images of all processes together."""
+"""The error budget counts the bad samples of all processes together, in evaluation and in training."""
 
 from functools import partial
 
@@ -8,6 +8,8 @@ from base.distributed import gather_objects
 from base.errors import BadSample, UserError
 from dataset.images.decode import decode_image
 from dataset.loading.eval import EvalLoader, shard_indices
+from dataset.loading.stream import StreamLoader
+from tests.contract.stream_cases import records, stream, world
 from tests.helpers.processes import spawn
 
 IMAGES = 20
@@ -93,3 +95,32 @@ def short_part(rank: int) -> None:
 def test_a_process_with_few_images_has_the_budget_of_all():
     """One of its one image is unreadable, but one of twenty is within the budget: it is scored."""
     spawn(short_part, 2)
+
+
+def train(rank: int, bad: int, fails: bool) -> None:
+    """Epochs of twenty records until every process has drawn as many, which the budget is judged by."""
+    source = records(IMAGES, bad=range(bad), name="pairs")
+    loader = StreamLoader(stream(source), 1, 0, world(rank, 4), error_budget=0.1)
+    most = 0.0  # of one process, its fraction of bad samples
+    try:
+        for _ in range(2 * IMAGES):
+            next(loader)
+            if loader.drawn >= IMAGES:
+                most = max(most, sum(loader.errors.values()) / loader.drawn)
+            errors, drawn = zip(*gather_objects((loader.errors, loader.drawn)), strict=True)
+            loader.check_together(errors, sum(drawn))
+        said = ""
+    except UserError as error:
+        said = str(error)
+    if fails:
+        assert said.startswith("3 of ") and said.count("is bad") == 3
+        assert "per source: pairs 3" in said
+    else:
+        assert said == "" and max(gather_objects(most)) > 0.1, "no process was over it alone"
+
+
+@pytest.mark.parametrize(("bad", "fails"), [(1, False), (3, True)])
+def test_training_counts_the_bad_samples_of_all_processes(bad, fails):
+    """One of twenty is half the budget of a tenth, though one of four processes draws it thrice as
+    often as the others; three are beyond it, wherever they come."""
+    spawn(train, 4, bad, fails)

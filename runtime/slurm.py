@@ -6,6 +6,7 @@ Imports no torch: it runs on the login node.
 import argparse
 import contextlib
 import io
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,10 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from base.errors import UserError
+from base.reading import is_file
+from base.writing import check_folder_option
 
 EXIT_REQUEUE = 75  # of runtime.interrupt, which would bring torch to the login node
 USR1, TERM = 128 + 10, 128 + 15  # status of a process that the signal met before it listened
 OTHERS_WAIT_S = 300  # after the first process of a job ended, the others are ended too
+PATTERN = re.compile(r"%(\d*[AaJNbnstux%]|\d+j)")  # what Slurm fills in, in names of logs alone
 
 # In the batch file ahead of srun. The address is the one Slurm itself reaches the node by: its name need not resolve.
 # Slurm signals the script itself only when it ends the job: a cancelled one must not come back, and a preempted one
@@ -44,9 +48,19 @@ trap 'finish $?' EXIT"""
 
 
 def job_folder(options: argparse.Namespace) -> Path:
-    """Where the job's logs and results go; may hold %j, which Slurm and the batch file fill in."""
-    default = f"output/{options.name}" if options.name else "output/slurm/%j"
-    return Path(options.job_dir or default).absolute()
+    """Where the job's logs and results go; may hold %j, which Slurm and the batch file fill in.
+    UserError."""
+    folder = options.job_dir or (f"output/{options.name}" if options.name else "output/slurm/%j")
+    if "://" in folder:
+        raise UserError(
+            f"{folder}: Slurm's logs need a folder: leave --job_dir out, and write behind --: --output_dir {folder}"
+        )
+    if found := PATTERN.search(folder):
+        raise UserError(
+            f"{folder}: {found[0]} would be filled in for the logs alone; of Slurm's patterns, a job's "
+            "folder may hold %j"
+        )
+    return Path(folder).absolute()
 
 
 def in_shell(path: Path) -> str:
@@ -142,9 +156,11 @@ def has_slurm() -> bool:
 
 
 def need_idle(folder: Path) -> None:
-    """Raise UserError where an earlier job still writes, or waits to write, to this folder."""
+    """Raise UserError where an earlier job still writes, or waits to write, to this folder, or where
+    it cannot be made."""
+    check_folder_option(str(folder).partition("%j")[0], "folder of the job")
     note = folder / "slurm" / "job"
-    if not note.exists():
+    if not is_file(note):
         return
     job = note.read_text().strip()
     states = subprocess.run(

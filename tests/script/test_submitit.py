@@ -153,6 +153,24 @@ def test_the_job_number_stands_in_for_percent_j(capsys, tmp_path):
     assert not list(tmp_path.iterdir()), "a dry run wrote something"
 
 
+@pytest.mark.parametrize("folder", ["runs/%A_%a", "runs/%x", "runs/%4j", "s3://bucket/run"])
+def test_a_folder_that_logs_and_results_would_not_share_is_refused(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"%j|--output_dir"):
+        run_with_submitit.main([*SLURM, "--job_dir", folder, "--dry-run"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder", ["/proc/none", "a file", "a file/below/%j", "x" * 300])
+def test_nothing_is_submitted_where_the_folder_cannot_be_made(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file").touch()
+    monkeypatch.setattr(run_with_submitit, "has_slurm", lambda: True)
+    monkeypatch.setattr(run_with_submitit, "submit_command", lambda *_: pytest.fail("submitted"))
+    with pytest.raises(UserError, match="folder of the job"):
+        run_with_submitit.main([*SLURM, "--job_dir", folder])
+
+
 def test_main_is_the_default_script_and_gets_the_name(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "main.py").touch()

@@ -106,6 +106,11 @@ def compile_parts(model: nn.Module, features) -> None:
 
     By blocks where `compile_mode` says so, and under FSDP, whose gathers break a graph of the whole.
     """
+    if torch.__version__ < (2, 7):
+        from torch._inductor import config as inductor
+
+        # its vectors on the CPU lose gradients of tokens that a batch repeats
+        inductor.cpp.simdlen = 1
     mode = features.compile_mode
     parts = [model]
     if mode == "blocks" or features.parallel == "fsdp":

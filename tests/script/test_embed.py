@@ -208,6 +208,9 @@ def test_samples_of_a_shard_without_an_image_are_within_the_budget(checkpoint, i
     run(*words, "--error_budget", 0.5)
     about = parquet.read_table(tmp_path / "out/metadata/metadata_0000.parquet").to_pydict()
     assert about["readable"] == [True, False]
+    write_shard(tmp_path / "none.tar", samples[2:])
+    with pytest.raises(UserError, match="1 of 1 samples are unusable; fetch"):
+        run("--data", tmp_path / "none.tar", *words[2:], "--error_budget", 1)
 
 
 def test_numbers_beyond_float16_are_refused(tmp_path):

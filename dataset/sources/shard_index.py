@@ -69,11 +69,10 @@ class ShardIndex(Sequence):
     def _check(self, error_budget: float) -> None:
         listed = "\n  ".join(self.bad[:LISTED])
         total = len(self) + self.lost
-        if self.lost > error_budget * total or not len(self):
-            more = "" if error_budget >= 1 else ", more than the error budget allows"
+        if self.lost > error_budget * total:
             raise UserError(
-                f"{self.title}: {self.lost} of {total} samples are unusable{more}; fetch or pack the "
-                f"shards again. The first:\n  {listed}"
+                f"{self.title}: {self.lost} of {total} samples are unusable, more than the error "
+                f"budget allows; fetch or pack the shards again. The first:\n  {listed}"
             )
         if self.lost and rank() == 0:
             print(

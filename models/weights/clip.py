@@ -299,9 +299,13 @@ def load_timm_open_clip(model: CLIP, state: State) -> None:
 
 
 def fit_positions(state: State, image_size: int) -> State:
-    """OpenAI-layout ViT weights for images of another size: resized position embeddings."""
+    """OpenAI-layout ViT weights for images of another size: resized position embeddings. UserError
+    for a size that is no whole number of patches, of which the weights would not tell."""
     positions = state["visual.positional_embedding"]
-    grid = image_size // state["visual.conv1.weight"].shape[-1]
+    patch = state["visual.conv1.weight"].shape[-1]
+    if image_size % patch:
+        raise UserError(f"image_size {image_size}: no multiple of the patch size {patch}")
+    grid = image_size // patch
     return state | {"visual.positional_embedding": resize_positions(positions[None], grid)[0]}
 
 

@@ -362,6 +362,16 @@ class TestWeights:
             NetworkOptions(decoder_heads=4).build(Tokens(), checkpoint=state)
 
 
+def test_images_of_a_part_of_a_patch_are_refused_with_weights_too():
+    clip = clip_state()
+    patch = clip["visual.conv1.weight"].shape[-1]
+    built = NetworkOptions(decoder=(32, 1)).build(Tokens(), clip)
+    for given in ({"clip": clip}, {"checkpoint": built.state_dict()}):
+        odd = NetworkOptions(decoder=(32, 1), image_size=4 * patch + 1)
+        with pytest.raises(UserError, match=f"no multiple of the patch size {patch}"):
+            odd.build(Tokens(), **given)
+
+
 class TestRefused:
     def test_another_tokenizer(self):
         with pytest.raises(UserError, match=r"33 entries.*but the checkpoint embeds 40"):

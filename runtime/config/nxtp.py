@@ -6,6 +6,7 @@ from pathlib import Path
 from base.errors import UserError
 from base.knobs import knob
 from base.limits import WIDTH
+from runtime.checkpoint import weights_file
 from runtime.config.from_checkpoint import take_from_checkpoint
 from runtime.config.old_names import FLAGS_OF_NXTP
 from runtime.options import StreamConfig, ValidationConfig
@@ -73,5 +74,7 @@ def fill_network(config) -> None:
     saved = take_from_checkpoint(config, options=OF_CHECKPOINT)
     found = config.tokenizer or saved.get("llama")
     if found is None:
+        if config.checkpoint:
+            weights_file(Path(config.checkpoint))  # a misspelt one knows of no tokenizer
         raise UserError("tokenizer: name a SentencePiece tokenizer.model, or a folder with --llama")
     config.tokenizer = Path(found)

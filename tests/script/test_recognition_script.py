@@ -382,6 +382,10 @@ REFUSED = {
     "no tokenizer": ({"tokenizer": "gone.model"}, "tokenizer gone.model: no such file"),
     "no list": ({"train_list": "gone.list"}, "gone.list: no such list"),
     "evaluate without a checkpoint": ({"evaluate": "true"}, "need --checkpoint"),
+    "a misspelt checkpoint": (
+        {"checkpoint": "no/run", "evaluate": "true", "tokenizer": "none"},
+        "no/run: no such checkpoint",
+    ),
     "tensor parallel training": ({"tensor_parallel": "true"}, "is for --evaluate and --image"),
     "deeper than it is": ({"decoder_layers": 9}, "has 2 blocks, it cannot be cut to 9"),
     "unknown strategy": ({"strategy": "shot"}, "expected one of one_shot, greedy"),

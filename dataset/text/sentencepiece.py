@@ -11,6 +11,7 @@ from base.reading import read_json
 from base.text import clean_surrogates
 
 JSON = "tokenizer.json"
+NAME_IT = "name LLaMA's tokenizer.model or tokenizer.json, or the folder that holds it"
 IMAGE, EMPTY = "<|image|>", "<|empty|>"
 
 
@@ -81,8 +82,7 @@ def find_model(path: Path) -> Path:
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise UserError(
-            f"tokenizer {path}: no such file; name LLaMA's tokenizer.model or tokenizer.json, or the "
-            f"folder that holds it{where_from(path) or where_from(path.parent)}"
+            f"tokenizer {path}: no such file; {NAME_IT}{where_from(path) or where_from(path.parent)}"
         )
     return found
 
@@ -93,7 +93,8 @@ class JsonPieces:
     def __init__(self, path: Path):
         from tokenizers import Tokenizer
 
-        read_json(path, dict)  # reports where it is damaged
+        if "model" not in read_json(path, dict):  # which reports where it is damaged
+            raise UserError(f"tokenizer {path}: no {JSON} (it has no model); {NAME_IT}")
         beside = path.with_name("tokenizer_config.json")
         stated = read_json(beside, dict) if beside.is_file() else {}
         self.stated = {key: text_of(stated.get(key)) for key in ("bos_token", "eos_token")}

@@ -55,9 +55,12 @@ def test_tokenizer_model_comes_first_and_faults_are_named(tmp_path):
     write_tokenizer(tmp_path, special=("<pad>",))
     with pytest.raises(UserError, match="lacks BOS, EOS"):
         PieceTokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"tokenizer\.json"):
+    (tmp_path / "tokenizer.json").write_text('{"model": {}}')
+    with pytest.raises(UserError, match=r"tokenizer\.json: .*fetch it again"):
         PieceTokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # whole, and another file
+    with pytest.raises(UserError, match="or the folder that holds it"):
+        PieceTokenizer(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 from markupsafe import escape
 from torch import Tensor
 
@@ -38,8 +39,11 @@ def image_field(label: str = "Image") -> gr.Image:
 
 
 def sent_file(payload) -> str | None:
-    """Where Gradio has put what the browser sent."""
-    return payload and payload.path
+    """Where Gradio has put what the browser sent. A request may name any file of this machine, which
+    Gradio looks at only where the request says that it is one: others count as none."""
+    own = Path(get_upload_folder()).resolve()
+    is_own = payload and payload.path and Path(payload.path).resolve().is_relative_to(own)
+    return payload.path if is_own else None
 
 
 def uploaded(demo: Demo, file: str | None) -> Tensor:

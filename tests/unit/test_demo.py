@@ -319,6 +319,22 @@ def test_an_image_encoder_searches_no_captions(folder):
     assert index.captions == [] and index.texts is None
 
 
+def test_a_request_gets_no_file_but_what_it_sent(folder, tmp_path, monkeypatch):
+    pytest.importorskip("gradio")
+    from evaluation.demo.tabs import sent_file
+
+    own = tmp_path / "uploads"
+    own.mkdir()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(own))
+    (own / "sent.png").write_bytes((folder / "red.png").read_bytes())
+    (own / "link.png").symlink_to(folder / "red.png")
+    assert sent_file(SimpleNamespace(path=str(own / "sent.png"))) == str(own / "sent.png")
+    others = [folder / "red.png", own / "../photos/red.png", own / "link.png", "red.png", None]
+    for path in others:
+        assert sent_file(SimpleNamespace(path=path and str(path))) is None
+    assert sent_file(None) is None
+
+
 def test_no_proxy_stands_before_the_page(monkeypatch):
     from urllib.request import getproxies, proxy_bypass
 

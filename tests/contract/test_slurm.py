@@ -329,8 +329,8 @@ def test_signals_that_come_before_the_script_listens_lose_nothing(slurm, tmp_pat
 
 def test_a_queued_experiment_runs_the_commit_it_was_started_from(slurm, tmp_path):
     top = tmp_path / "repository"
-    copied = ["run.sh", "run_with_submitit.py", "runtime/slurm.py"]
-    for name in [*copied, "base/errors.py", "base/names.py"]:
+    base = [f"base/{file.name}" for file in (ROOT / "base").glob("*.py")]
+    for name in ["run.sh", "run_with_submitit.py", "runtime/slurm.py", *base]:
         (top / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, top / name)
     toy(top, "print('version', 1)")

@@ -32,7 +32,8 @@ def score_line(scores: Mapping, metric: str | None = None) -> str:
     """`accuracy 52.08, chance 33.33; 3 unreadable images`, or nothing where there is no score.
 
     scores: of one evaluation, by name. `chance`: what guessing scores by the same metric, or such
-    figures by metric; METRIC_chance for another metric. metric: the score that counts; None = the first of HEADLINES that is there.
+    figures by metric; METRIC_chance for another metric. metric: the score that counts; None = the
+    first of HEADLINES that is there.
     """
     metric = metric or next((name for name in HEADLINES if name in scores), None)
     if metric is None or metric not in scores:

@@ -89,12 +89,12 @@ class EvalLoader:
                 break  # more than all processes may have together: no need to read on
             yield batch
         self._report()
-        for found in gather_objects(bad):
-            if found is not None:
-                raise UserError(
-                    f"{found}; evaluation needs every sample: fix the file or remove its annotation"
-                )
-        self._check_budget(sum(gather_objects(len(self.unreadable))), everyone)
+        found, unreadable = zip(*gather_objects((bad, len(self.unreadable))), strict=True)
+        for fault in filter(None, found):
+            raise UserError(
+                f"{fault}; evaluation needs every sample: fix the file or remove its annotation"
+            )
+        self._check_budget(sum(unreadable), everyone)
 
     def damages(self, same: bool = False) -> dict[str, int]:
         """Unreadable and truncated images of the last pass on all processes, where there are any,

@@ -206,9 +206,9 @@ class StreamLoader:
     """Iterator over the endless stream of one rank's batches, made by `workers` processes (0: in this process).
 
     world: this rank and how many there are; batches for CUDA are pinned. steps_per_epoch: batches per rank and epoch.
-    errors: bad samples dropped so far per source, by this process. state_dict() refers to the last batch handed out; passing it as
-    `state` continues behind it. Other ranks or workers continue where all of them were together, no sample repeated
-    or left out, given the states of all ranks in order. With other data or another seed they do at about the same
+    errors: bad samples dropped so far per source, by this process. state_dict() refers to the last batch handed
+    out; passing it as `state` continues behind it. Other ranks or workers continue where all of them were together,
+    no sample repeated or left out, given the states of all ranks in order. With other data or another seed they do at about the same
     fraction of the data, with a warning.
     error_budget: fraction of bad samples (after the first thousand, or all) above which a UserError
     lists them; on several processes `check_together` counts those of all.

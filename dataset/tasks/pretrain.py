@@ -151,8 +151,9 @@ def write_codes(
     time limit: a collective. What an interrupted run has computed is kept and not computed again.
     build makes samples with `token_image`; image_tokenizer maps uint8 [B,3,h,w] to codes
     [B,h/r,w/r]. An unreadable image gets the codes of a grey one: it is never used, because reading
-    it fails in training, too. exif: images are turned as in the training. The file ends with a key of what it was made of; another key means
-    other annotations, images, sizes or weights: then it is made again.
+    it fails in training, too. exif: images are turned as in the training. The file ends with a key
+    of what it was made of; another key means other annotations, images, sizes or weights: then it
+    is made again.
     """
     path = Path(path)
     if not len(records):

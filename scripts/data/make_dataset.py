@@ -4,9 +4,9 @@
         --subset yfcc100m_subset_data.tsv --output datasets/yfcc15m_v1/yfcc15m.jsonl
 
 The two tables are read packed (.bz2), too. The images are expected as ROOT/images/AB/CDE.zip, member
-FGH.jpg, where ABCDEFGH is the line number in yfcc100m_dataset.txt (eight digits). `--available` holds the line numbers of the images that were
-downloaded (an integer .npy array, or text with one number a line); `--subset` is OpenAI's list,
-whose first column is the line number.
+FGH.jpg, where ABCDEFGH is the line number in yfcc100m_dataset.txt (eight digits). `--available` holds
+the line numbers of the images that were downloaded (an integer .npy array, or text with one number
+a line); `--subset` is OpenAI's list, whose first column is the line number.
 Titles and descriptions are URL-decoded and cleared of links and bold or italic marks. SLIP and
 CLIP-rocket counted 14,689,580 samples this way. The output trains with `main.py --dataset yfcc15m
 --metadata OUTPUT --root ROOT`.

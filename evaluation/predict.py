@@ -4,6 +4,7 @@ their results."""
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from base.bars import progress_bar
@@ -67,6 +68,13 @@ def check_finite(values: Tensor, what: str) -> None:
             f"{what} are not finite: the checkpoint holds NaN, or fp16 overflows (try --precision "
             "bf16 or fp32)"
         )
+
+
+def cosines(queries: Tensor, keys: Tensor) -> Tensor:
+    """Inner products float32 [Q,N] of unit rows float32 [Q,E], [N,E]; not rounded under autocast,
+    where many keys of a query would tie."""
+    with torch.autocast(queries.device.type, enabled=False):
+        return queries @ keys.T
 
 
 def progress(items: Iterable, name: str, world: World, total: int | None = None) -> Iterator:

@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from base.distributed import World, gather_parts, gather_rows, say
 from base.heartbeat import beat
-from evaluation.predict import check_finite, percent, progress
+from evaluation.predict import check_finite, cosines, percent, progress
 
 FILL = -100.0  # score of a pair that was no candidate
 TEXT_UNIT = 256  # captions per encoder pass
@@ -161,7 +161,7 @@ def nearest(queries: Tensor, keys: Tensor, k: int, world: World) -> Ranking:
     candidates = [queries.new_zeros(0, k, dtype=torch.int64)]  # a process may have no unit
     scores = [queries.new_zeros(0, k)]
     for rows in own:
-        similarity = queries[rows] @ keys.T
+        similarity = cosines(queries[rows], keys)
         # flipped, because a stable sort keeps the earlier of equals first
         values, order = similarity.flip(1).sort(dim=1, descending=True, stable=True)
         scores.append(values[:, :k])

@@ -18,7 +18,7 @@ from base.distributed import World
 from base.errors import UserError
 from base.writing import write_json
 from evaluation.compositional import choices, example_scores
-from evaluation.predict import over_split, percent
+from evaluation.predict import cosines, over_split, percent
 from evaluation.retrieval import best_of_both, recalls, units
 from evaluation.zeroshot_metrics import (
     KEPT,
@@ -173,7 +173,7 @@ def class_scores(image: Embeddings, classifier: Embeddings) -> Embeddings:
     + (1 - w) h as `zh_w` for w = 0.1 ... 0.9.
     """
     scores = {
-        name: F.normalize(image[name].float(), dim=-1) @ matrix.T
+        name: cosines(F.normalize(image[name].float(), dim=-1), matrix)
         for name, matrix in classifier.items()
     }
     if "h" in scores:

@@ -183,14 +183,18 @@ class ImageTextModel(MomentumModel):
             own, with_text, masked, with_image = fused.chunk(4)
         return torch.cat([own[:, 0], with_image[:, 0], with_text[:, 0]]), masked
 
+    def match_logits(self, cls_states: Tensor) -> Tensor:
+        """ITM's logits of "no match" and "match", float32 [R,2], of fused [CLS] states [R,D]; not
+        rounded under autocast, where many candidates of a query would tie."""
+        with torch.autocast(cls_states.device.type, enabled=False):
+            return self.itm_head(cls_states.float())
+
     def itm(self, cls_states: Tensor, valid: Tensor | None = None) -> Tensor:
         """Image-text matching loss (ALBEF: Li 2021, equation 3) of the fused [CLS] states of 3B
         pairs, of which the first B match: binary cross-entropy, 0-d; valid: bool [3B]."""
         pairs = len(cls_states)
         target = (torch.arange(pairs, device=cls_states.device) < pairs // 3).long()
-        with torch.autocast(cls_states.device.type, enabled=False):
-            logits = self.itm_head(cls_states.float())
-            loss = F.cross_entropy(logits, target, reduction="none")
+        loss = F.cross_entropy(self.match_logits(cls_states), target, reduction="none")
         return loss.mean() if valid is None else masked_mean(loss, valid)
 
     @torch.no_grad()

@@ -41,7 +41,7 @@ def token_maps(
         )
     with torch.enable_grad():
         fused, attention = bert.run(stage, text_mask, tokens, first=layer, map_of=("cross", layer))
-        weighted = weigh(attention, model.itm_head(fused[:, 0])[:, 1].float().sum())
+        weighted = weigh(attention, model.match_logits(fused[:, 0])[:, 1].sum())
     return square(weighted.mean(1)[:, :, 1:])  # without the [CLS] patch
 
 

@@ -134,4 +134,4 @@ class Retrieval(ImageTextModel):
         """
         stage = text if text.is_floating_point() else self.bert.text_stage(text, text_mask)
         fused = self.bert.fuse(stage, text_mask, image_tokens, rows=rows, keep=first_token(stage))
-        return self.itm_head(fused[:, 0])[:, 1].float()
+        return self.match_logits(fused[:, 0])[:, 1]

@@ -58,7 +58,7 @@ def retrieval(file: Path, config, world: World) -> Abilities:
         stage = model.bert.text_stage(ids, mask)
         rows = torch.zeros(len(texts), dtype=torch.int64, device=world.device)
         fused = model.bert.fuse(stage, mask, image_tokens, rows=rows, keep=first_token(stage))
-        return model.itm_head(fused[:, 0]).float().softmax(-1)[:, 1].tolist()
+        return model.match_logits(fused[:, 0]).softmax(-1)[:, 1].tolist()
 
     def maps(image: Tensor, text: str) -> list[tuple[str, Tensor]]:
         ids, mask = tokens([text])

@@ -1,11 +1,17 @@
-"""Under bf16 autocast the losses are those of float32 features: no logit is rounded to bfloat16."""
+"""Under bf16 autocast the losses are those of float32 features, and so are the scores that
+evaluations rank by: no logit is rounded to bfloat16."""
 
 import pytest
 import torch
 
+from base.distributed import World
+from evaluation.retrieval import nearest
+from evaluation.zeroshot import class_scores
 from main import total_loss
 from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
+from models.fusion.retrieval import Retrieval, RetrievalConfig
+from tests.helpers.tiny_simla import tiny_batch, tiny_config
 
 METHODS = {
     "clip": "CLIP_VITT8_CLIP",
@@ -81,3 +87,31 @@ def test_features_of_bfloat16_give_losses_in_float32(method):
         loss = total_loss(model(), config)
     exact = model.losses({name: x.float() for name, x in rounded.items()})
     assert torch.equal(loss, total_loss(exact, config))
+
+
+def test_similarities_in_float32():
+    """Rounded, those of 500 keys to a query take a dozen values."""
+    rows = torch.nn.functional.normalize(torch.randn(500, 32) + 1, dim=-1)
+    alone = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    found = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            classes = class_scores({"z": rows, "h": rows}, {"z": rows, "h": rows.flip(1)})
+            ranking = nearest(rows, rows, 10, alone)
+        found.append([*classes.values(), ranking.candidates, ranking.scores])
+    assert all(map(torch.equal, *found))
+
+
+def test_matching_scores_in_float32():
+    """The head's logits have the states' own differences, however near these are."""
+    config = tiny_config()
+    model = Retrieval(RetrievalConfig(config.vit, config.bert, embed_dim=8, queue_size=4)).eval()
+    batch = tiny_batch()
+    ids = batch["text_ids"][:1].expand(9, -1)
+    mask = batch["text_mask"][:1].expand(9, -1)
+    near = batch["image"][:1] + 1e-3 * torch.randn(9, *batch["image"].shape[1:])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        tokens, _ = model.encode_image(near)
+        scores = model.match_scores(ids, mask, tokens, None)
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())

@@ -13,9 +13,9 @@ MIB, GIB = 1 << 20, 1 << 30
 TEXT_BYTES = 4 * GIB  # of a text or JSON file that is read whole
 SMALL_BYTES = 64 * MIB  # of statistics, counters and lists of classes beside shards
 ENTRY_BYTES = 64 * MIB  # of one entry of a JSON list
-YAML_BYTES = 64 * MIB
+YAML_BYTES = 16 * MIB
 NESTED_LEVELS = 200  # lists in lists; Python's own parser and repr give up at about 1000
-YAML_VALUES = 1_000_000  # of a YAML file, its aliases written out
+YAML_VALUES = 200_000  # of a YAML file, its aliases written out
 VOCABULARY_BYTES = 64 * MIB  # of a tokenizer's file, decompressed
 
 # ---- tables and folders

@@ -252,12 +252,14 @@ def _decode_with_pillow(data: bytes, name: str, exif: bool) -> tuple[torch.Tenso
             has_grey = image.mode in GREY_OF and image.format != "GIF"
             if exif:
                 image = ImageOps.exif_transpose(image)
-            pixels = np.array(to_rgb(image))
+            image = to_rgb(image)
+            pixels = np.array(image)
     except Exception as error:  # decoders meet hostile bytes and raise anything up to struct.error
         raise BadSample(f"{name}: {error}") from None
     if not whole:
-        low, high = pixels.min((0, 1)), pixels.max((0, 1))  # not as large as the image again
-        if (low == high).all() and (not has_grey or (low == GREY).all()):
+        ranges = image.getextrema()  # of each channel; NumPy's take seconds of a large image
+        one_colour = all(low == high for low, high in ranges)
+        if one_colour and (not has_grey or {*ranges} == {(GREY, GREY)}):
             raise BadSample(f"{name}: image file is truncated before its first row")
     return torch.from_numpy(pixels).permute(2, 0, 1), whole
 

@@ -642,7 +642,8 @@ LAUGHS = "x0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
 @pytest.mark.parametrize(
     "text, complaint",
     [
-        (LAUGHS + "seed: *a8", "aliases stand for more than 1,000,000 values"),
+        (LAUGHS + "seed: *a8", "aliases stand for more than 2,000 values"),
+        ("x: [" + "1, " * 5000 + "]", "not valid YAML: more than 2,000 values"),
         ("seed: &a [*a]", "nested deeper than 200 levels"),
         ("seed: " + "[" * 1000, "nested deeper than 200 levels"),
         ("seed: " + "[" * 300 + "]" * 300, "nested deeper than 200 levels"),
@@ -655,9 +656,10 @@ LAUGHS = "x0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("alpha: " + "9" * 400, "alpha: expected a finite number"),
         ("seed: {a: [" + "{b: [" * 50 + "]}" * 50 + "]}", "seed: expected a whole number"),
     ],
-    ids=range(12),
+    ids=range(13),
 )
-def test_hostile_files_are_one_short_sentence(tmp_path, text, complaint):
+def test_hostile_files_are_one_short_sentence(tmp_path, monkeypatch, text, complaint):
+    monkeypatch.setattr("runtime.config.yaml.YAML_VALUES", 2000)
     file = tmp_path / "c.yaml"
     file.write_text(text)
     with pytest.raises(UserError) as error:

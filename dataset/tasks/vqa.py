@@ -166,15 +166,15 @@ class QuestionSet:
         self.images = []
         self.truth = {}
         self.written: list[str] = []
-        places: dict[str | int, int] = {}
+        places: dict[str, int] = {}  # of each id as text: 5 and "5" are one
         for number, record in enumerate(records):
             question = record["question_id"]
-            if question in places:
+            first = places.setdefault(id_text(question), number)
+            if first != number:
                 raise UserError(
-                    f"{name}: question_id {question} in entry {number} and in entry {places[question]} (the first is "
+                    f"{name}: question_id {question} in entry {number} and in entry {first} (the first is "
                     "0); every question needs an id of its own"
                 )
-            places[question] = number
             self.ids.append(question)
             self.questions.append(pre_question(record["question"], max_words))
             self.written.append(record["question"])

@@ -143,6 +143,7 @@ def test_question_set(folder):
     ("change", "words"),
     [
         ({"question_id": 1}, "question_id 1 in entry 1 and in entry 0"),
+        ({"question_id": "1.0"}, "question_id 1.0 in entry 1 and in entry 0"),
         ({"answer": []}, "no answers to"),
         ({"answer": [{"answer": "red"}]}, r"answer {'answer': 'red'} is neither"),
     ],

@@ -145,7 +145,8 @@ def test_muon_is_that_of_torch(found_inf, monkeypatch):
     """Three updates of every hidden matrix, wide, tall and square; two of a shape at a time. In
     float32, as ours computes on the CPU."""
     monkeypatch.setattr("runtime.optim.muon.TOGETHER", 2 * 64 * 64)
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # what torch until 2.14 calls
+    monkeypatch.setattr(torch, "bfloat16", torch.float32)  # what 2.15 asks `to` for
     model = toy("CLIP_VITB16_CLIP")
     optimizer = build_optimizer(model, Optimizer(opt="muon", lr=0.01, weight_decay=1.0))
     optimizer.found_inf = found_inf

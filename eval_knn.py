@@ -33,7 +33,7 @@ from torch import Tensor
 from base import distributed
 from base.caches import cache_folder
 from base.distributed import World
-from base.errors import UserError
+from base.errors import UserError, naming
 from base.libraries import of_library
 from base.pixels import pixels_digest
 from dataset.images.clip import EvalView, normalize, pixel_statistics
@@ -145,7 +145,8 @@ def load_encoder(config: Config) -> ImageEncoder:
         resize=config.resize,
     )
     if not of_library(config.model):
-        return open_encoder(read_weights(file), description_of(file), config.model, stated)
+        with naming("--checkpoint", file):
+            return open_encoder(read_weights(file), description_of(file), config.model, stated)
     weights = read_weights(file) if file and config.model.startswith("timm/") else None
     return library_encoder(config.model, file, weights, config.random_weights, stated)
 
@@ -222,9 +223,8 @@ def main(config: Config) -> None:
     metrics = {"images": len(test), "train_images": len(train), "width": encoder.width}
     metrics |= damages_of(banks)
     metrics["chance"] = 100 * test.labels.bincount().max().item() / len(test)
-    metrics |= knn_accuracy(
-        neighbours, train.labels, test.labels, classes, config.k, config.temperature
-    )
+    labels = (train.labels, test.labels)
+    metrics |= knn_accuracy(neighbours, *labels, classes, config.k, config.temperature)
     if config.linear_probe:
         metrics |= linear_probe(
             train,
@@ -237,7 +237,6 @@ def main(config: Config) -> None:
             val_fraction=config.probe_val_fraction,
         )
     title = f"{encoder.title}, {config.features}, on {config.val_data}"
-    labels = (train.labels, test.labels)
     views = (images["train"].image, images["test"].image)
     cards = neighbour_report(title, names, metrics, neighbours, labels, views, config.temperature)
     write_results(config, "Nearest neighbours", {"model": encoder.title, **metrics}, cards)

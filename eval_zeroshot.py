@@ -29,7 +29,7 @@ from torch.utils.data import default_collate
 from base import distributed
 from base.caches import cache_folder
 from base.distributed import World
-from base.errors import UserError
+from base.errors import UserError, naming
 from base.libraries import of_library
 from dataset.tasks.catalog import CatalogOptions, Prompts, wanted_entries
 from dataset.tasks.dual_inputs import image_side, tokenizer_identity, tokenizer_of
@@ -107,7 +107,8 @@ class Encoder(NamedTuple):
 def open_checkpoint(config: Config) -> tuple[Opened, str]:
     """The network of the checkpoint, and what identifies its tokenizer."""
     weights, about = weights_and_about(config.checkpoint, read_weights, description_of)
-    opened = open_dual(weights, about, config.model, config.mean, config.std)
+    with naming("--checkpoint", config.checkpoint):
+        opened = open_dual(weights, about, config.model, config.mean, config.std)
     tokenizer = tokenizer_of(opened, about.get("config", {}), config)
     return opened._replace(tokenize=partial(tokenizer, lengths=())), tokenizer_identity(tokenizer)
 

@@ -610,16 +610,19 @@ class Run:
         )
         return distributed.broadcast_object(found)
 
-    def export(self, name: str = "model.safetensors") -> Path:
-        """Write the weights alone as safetensors (collective)."""
+    def export(self, name: str = "model.safetensors", shown: bool = True) -> Path:
+        """Write the weights alone as safetensors (collective). shown: scripts/demo.py opens them."""
         from torch.distributed.checkpoint import state_dict as dcp
 
         options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = dcp.get_model_state_dict(self.model, options=options)
         if self.world.is_main:
             export_safetensors(weights, self.folder / name)
-        show = f"python scripts/demo.py --checkpoint {self.folder} --images FOLDER"
-        self.log.say(f"written: {self.folder / name}; to see what it can do: {show}")
+        said = f"written: {self.folder / name}"
+        if shown:
+            demo = f"python scripts/demo.py --checkpoint {self.folder} --images FOLDER"
+            said += f"; to see what it can do: {demo}"
+        self.log.say(said)
         return self.folder / name
 
     def close(self) -> None:

@@ -332,6 +332,8 @@ def key_of(part: Part, embedder: BatchEmbedder, config: Config) -> str:
 def main(config: Config) -> None:
     check_folder_option(config.out, "--out")
     if config.sharing.slurm:
+        if config.checkpoint:
+            weights_file(config.checkpoint)  # says at once that it is missing
         submit_array(config.sharing, len(all_parts(config)), config.out)
         return
     world = distributed.init(config.device)

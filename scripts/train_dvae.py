@@ -270,7 +270,7 @@ def main(config: Config) -> None:
         run.log_step(step + 1, **losses, grad_norm=grad_norm)
         run.save_if_due(step + 1)
         run.leave_if_interrupted(step + 1)
-    run.export("image_tokenizer.safetensors")
+    run.export("image_tokenizer.safetensors", shown=False)
     tokenizer = whole_model(model)
     run.finish()
     if world.is_main:

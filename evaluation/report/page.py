@@ -63,7 +63,7 @@ def page(
     footer: str | Markup = "",
     head: Markup | None = None,
 ) -> Markup:
-    """The whole HTML document. head: further elements of its <head>."""
+    """The whole HTML document. head: further elements of its `<head>`."""
     sections = list(sections)
     sortable = any(SORTABLE in section for section in sections)
     return blocks().page(title, sections, subtitle, footer, sortable, head or Markup())
@@ -112,7 +112,7 @@ def choices_table(scores: Mapping) -> Markup:
 def thumbnail(
     source: Path | bytes | Tensor, side: int = 96, right: bool | None = None, alt: str = ""
 ) -> Markup:
-    """An <img>, framed green or red where it is right or wrong. source: see `image_uri`; alt: what
+    """An `<img>`, framed green or red where it is right or wrong. source: see `image_uri`; alt: what
     it shows, where no text beside it says so."""
     return blocks().thumbnail(image_uri(source, 2 * side), side, right, alt)
 

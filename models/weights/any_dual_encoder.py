@@ -111,8 +111,9 @@ def open_dual(
     weights = unwrap_names(weights)
     if "itm_head.weight" in weights and any(key.startswith("text_encoder.") for key in weights):
         raise UserError(
-            "a checkpoint of ALBEF, SIMLA or BLIP: evaluate the first two with Retrieval.py --evaluate, "
-            "BLIP with --model hf/FOLDER (transformers' layout)"
+            "a checkpoint of ALBEF, SIMLA or BLIP: evaluate the first two with Retrieval.py --evaluate "
+            "(their images alone with eval_knn.py or scripts/embed.py --texts no), BLIP with --model "
+            "hf/FOLDER (transformers' layout)"
         )
     if of_library(about.get("network", {}).get("model")):
         return _with_pixels(_library(weights, about["network"]), stated)
@@ -128,7 +129,7 @@ def open_dual(
     if keys & {"image_projection", "image_projector.weight", "image_projector.layer1.weight"}:
         return _with_pixels(_rocket(weights, about, name), stated)
     if any(key.startswith("image_mlp.") for key in keys):
-        raise UserError("a SimCLR checkpoint: it has no text encoder for zero-shot evaluation")
+        raise UserError("a SimCLR checkpoint has no text encoder; evaluate it with eval_knn.py")
     raise UserError(
         f"a checkpoint of no known dual encoder; its first keys are {', '.join(list(weights)[:8])}"
     )
@@ -224,7 +225,7 @@ def embedding_model(name: str) -> str:
     """The model string of the smallest network with the same embeddings."""
     base, backbone, *head = name.split("_")
     if base == "SIMCLR":
-        raise UserError(f"{name}: SimCLR has no text encoder for zero-shot evaluation")
+        raise UserError(f"{name}: SimCLR has no text encoder; evaluate it with eval_knn.py")
     return "_".join(
         ["CLIP", backbone] if not head else [base, backbone, EMBEDS.get(head[0], head[0])]
     )

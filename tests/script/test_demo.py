@@ -155,6 +155,11 @@ def test_mistakes_are_named_before_anything_is_loaded(monkeypatch, tmp_path):
         script.check(script.Config(checkpoint=[tmp_path, tmp_path], model="CLIP_R50_CLIP"))
     with pytest.raises(UserError, match="folder without checkpoint"):
         opened("--checkpoint", tmp_path)
+    file = tmp_path / "other.pt"  # of several that are given, it is named
+    for name in ("encoder.w", "vision_encoder.w", "head.x", "image_mlp.w"):
+        torch.save({name: torch.zeros(2)}, file)
+        with pytest.raises(UserError, match=f"^--checkpoint {file}: "):
+            opened("--checkpoint", file)
 
 
 def test_folder_is_indexed_once(digitscenes, tmp_path, capsys):

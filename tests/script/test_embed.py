@@ -59,6 +59,12 @@ def run(*words):
     script.main(parse(script.Config, [*map(str, words), "--device", "cpu", "--workers", "0"]))
 
 
+def test_a_missing_checkpoint_is_named_before_a_job_is_submitted(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "submit_array", lambda *_: pytest.fail("submitted"))
+    with pytest.raises(UserError, match="gone: no such checkpoint"):
+        run("--data", images / "pairs.json", "--checkpoint", tmp_path / "gone", "--slurm", 2)
+
+
 def rows(folder, kind):
     return np.concatenate([np.load(path) for path in sorted((folder / kind).glob("*.npy"))])
 

@@ -37,7 +37,8 @@ def images(tmp_path_factory):
 
 def test_resumed_run_is_the_straight_run(images, tmp_path):
     data = ["--data", images / "list.json", "--image_root", images, "--scheduler.epochs", "8 steps"]
-    assert "codes used, perplexity" in train(*data, "--output_dir", tmp_path / "a")
+    said = train(*data, "--output_dir", tmp_path / "a")
+    assert "codes used, perplexity" in said and "demo.py" not in said, "it opens no tokenizer"
     train(*data, "--output_dir", tmp_path / "b", "--max_steps", 3)
     assert not (tmp_path / "b" / "image_tokenizer.safetensors").exists()
     train(*data, "--output_dir", tmp_path / "b")

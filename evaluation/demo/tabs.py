@@ -188,7 +188,7 @@ def shown(demo: Demo, hits: list[tasks.Hit], seconds: float, matches: dict[str, 
             continue
         images.append((thumbnail, view.hit_text(hit, total, matches.get(hit.name))))
         names.append(hit.name)
-    note = view.found_note(hits, total, 1000 * seconds)
+    note = view.found_note(hits, total, 1000 * seconds, len(matches))
     gallery = gr.Gallery(images, selected_index=None)  # closes the one that was enlarged
     return note, "", gallery, names, None
 
@@ -242,13 +242,15 @@ def ground_tab(demo: Demo) -> None:
 def grounded(demo: Demo, file: str | None, sentence: str):
     image = uploaded(demo, file)
     sentence = tasks.typed(sentence, "a sentence")
-    maps = demo.abilities.word_maps(image, sentence)[:MAPS]
+    maps = demo.abilities.word_maps(image, sentence)
     match = demo.abilities.match(image, [sentence])[0]
     note = (
         f"The sentence matches the image with {view.percent(match)}. Heat: cross-attention of the "
         "word times its gradient for that score, each map scaled to its own maximum."
     )
-    return view.with_note(view.tiles(image, maps), note)
+    if len(maps) > MAPS:
+        note += f" {len(maps) - MAPS} further words are not shown."
+    return view.with_note(view.tiles(image, maps[:MAPS]), note)
 
 
 def answer_tab(demo: Demo) -> None:

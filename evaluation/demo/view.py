@@ -79,14 +79,18 @@ def hit_text(hit: Hit, total: int, match: float | None = None) -> str:
     return f"{percent(hit.probability)} = {multiple} × chance\n{hit.name}"
 
 
-def found_note(hits: Sequence[Hit], total: int, milliseconds: float) -> Markup:
-    """The line above the images that were found."""
+def found_note(hits: Sequence[Hit], total: int, milliseconds: float, matched: int = 0) -> Markup:
+    """The line above the images that were found. matched: how many of them image-text matching has
+    put first."""
     took = f"{total:,} images compared in {milliseconds:.1f} ms"
     if not hits or hits[0].probability is None:
         mean = f"{hits[0].against:.3f}" if hits else "-"
         return note(f"{took}. Cosine of the images; the mean of the folder is {mean}.")
     chance = percent(1 / total)
-    return note(f"{took}. Probability: softmax over the folder; chance is {chance}.")
+    line = f"{took}. Probability: softmax over the folder; chance is {chance}."
+    if matched:
+        line += f" The first {matched}: the probability that the words match the image."
+    return note(line)
 
 
 def folder_note(index: Index) -> Markup:

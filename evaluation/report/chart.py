@@ -5,8 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 COLOURS = ("#2f6fde", "#d1453b", "#12925b", "#a15ccf", "#b5790c", "#0f8b9d", "#7a8290")
+DASHES = ("none", "5 3", "1.5 2.5")  # of lines whose colour is taken already
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 54, WIDTH - 12, 28, HEIGHT - 32  # edges of the plot
+KEY_ROW = 14  # height of a row of names below the plot
+KEY_MARK, LETTER = 24, 6.2  # width of the mark before a name and the gap behind; of a letter
 
 Points = Sequence[tuple[float, float]]
 
@@ -15,8 +18,9 @@ Points = Sequence[tuple[float, float]]
 class Line:
     name: str
     colour: str
+    dash: str
     points: list[tuple[float, float]]
-    key_x: float
+    key: tuple[float, float] | None = None  # where its name stands below the plot
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Chart:
     height: int = HEIGHT
     left: int = LEFT
     right: int = RIGHT
+    x_label_y: int = HEIGHT - 16
 
 
 def lay_out(
@@ -71,10 +76,24 @@ def lay_out(
         chart.guide = (down(level), name)
     for number, (name, line) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
-        key_x = LEFT + 4 + number * (RIGHT - LEFT) / len(series)
-        placed = [(across(x), down(y)) for x, y in line]
-        chart.lines.append(Line(name, colour, placed, key_x))
+        dash = DASHES[number // len(COLOURS) % len(DASHES)]
+        if line:
+            chart.lines.append(Line(name, colour, dash, [(across(x), down(y)) for x, y in line]))
+    place_keys(chart, several=len(series) > 1)
     return chart
+
+
+def place_keys(chart: Chart, several: bool) -> None:
+    """Names of the lines below the plot, in as many rows as they need; none where there is one
+    series."""
+    if not several:
+        return
+    widest = KEY_MARK + LETTER * max(len(line.name) for line in chart.lines)
+    columns = min(len(chart.lines), max(1, int((RIGHT - LEFT) / widest)))
+    for number, line in enumerate(chart.lines):
+        row, column = divmod(number, columns)
+        line.key = (LEFT + column * (RIGHT - LEFT) / columns, HEIGHT - 5 + row * KEY_ROW)
+    chart.height += (len(chart.lines) - 1) // columns * KEY_ROW
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:

@@ -226,6 +226,7 @@ def overview(runs: Sequence[RunFolder], root: Path) -> Markup:
 def curves(runs: Sequence[RunFolder]) -> list[Markup]:
     """A chart for each quantity that is logged. A run has the same colour in all of them."""
     logged = {key for run in runs for row in run.log for key in row} - ALWAYS
+    logged = {key for key in logged if not ENSEMBLE.search(key)}
     first = ("val_", "loss")  # then whatever else is logged
     in_order = sorted(logged, key=lambda key: (key != "loss", not key.startswith(first), key))
     charts = []
@@ -264,7 +265,7 @@ def score_comparison(runs: Sequence[RunFolder]) -> Markup:
         rows.append(
             (score_label(key), *("" if value is None else f"{value:.4g}" for value in values))
         )
-    return table(("score", *(run.name for run in scored)), rows)
+    return group("compare", [table(("score", *(run.name for run in scored)), rows)])
 
 
 def score_label(key: str) -> str:
@@ -282,4 +283,4 @@ def option_differences(runs: Sequence[RunFolder]) -> Markup:
         values = [show(run.config[key]) if key in run.config else "" for run in runs]
         if key not in UNSAID and len(set(values)) > 1:
             rows.append((key, *values))
-    return table(("option", *(run.name for run in runs)), rows)
+    return group("compare", [table(("option", *(run.name for run in runs)), rows)])

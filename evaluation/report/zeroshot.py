@@ -157,7 +157,11 @@ def ensemble_chart(name: str, row: Mapping) -> Markup:
     for w in WEIGHTS:
         points.append((w, row[f"{metric}_zh_{w}"]))
     points.append((1.0, row[f"{metric}_z"]))
-    return line_chart({name: points}, f"{name}, {TITLES.get(metric, 'mean recall')}", "w")
+    chance = row.get("chance")
+    if isinstance(chance, Mapping):
+        chance = chance.get(metric)
+    guide = None if chance is None else ("chance", chance)
+    return line_chart({name: points}, f"{name}, {TITLES.get(metric, 'mean recall')}", "w", guide)
 
 
 def write_zero_shot(

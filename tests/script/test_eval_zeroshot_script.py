@@ -82,6 +82,7 @@ def test_a_run_by_its_folder_alone(trained, digitscenes, tmp_path, capsys):
     assert means.split()[-1] == f"{found['digitscenes']['chance']:.2f}", "of both sets, beside it"
     page = (trained / "result/report.html").read_text()
     assert "Ensembles" in page and "http" not in page.replace("http://www.w3.org", "")
+    assert page.count('class="guide"') == 3, "chance in each chart"
     assert (trained / "result/config.yaml").is_file()
 
 

@@ -212,6 +212,9 @@ def test_reranking_puts_what_matches_first():
     ordered, matches = tasks.rematch(abilities, read, hits, "words", 2)
     assert [hit.name for hit in ordered] == ["b", "a", "c"], "only the first two are compared"
     assert matches == {"b": pytest.approx(0.9)}
+    words = "The first 1: the probability that the words match the image."
+    assert words in view.found_note(ordered, 3, 1.0, len(matches))
+    assert words not in view.found_note(ordered, 3, 1.0)
 
 
 def test_classification_beside_chance():
@@ -253,6 +256,20 @@ def test_classification_beside_chance():
 def test_mistakes_are_one_sentence(call, sentence):
     with pytest.raises(UserError, match=sentence):
         call()
+
+
+def test_words_without_a_map_are_counted(tmp_path):
+    pytest.importorskip("gradio")
+    from evaluation.demo import tabs
+
+    def maps(image, sentence):
+        return [(word, torch.rand(2, 2)) for word in sentence.split()]
+
+    abilities = Abilities("x", match=lambda *_: [0.5], word_maps=maps)
+    demo = tabs.Demo(abilities, None, lambda *_: torch.zeros(3, 8, 8, dtype=torch.uint8))
+    shown = tabs.grounded(demo, "a.png", "word " * (tabs.MAPS + 2))
+    assert shown.count("<figure>") == 1 + tabs.MAPS and "2 further words are not shown" in shown
+    assert "further" not in tabs.grounded(demo, "a.png", "word " * tabs.MAPS)
 
 
 def test_texts_of_users_are_escaped():

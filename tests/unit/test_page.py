@@ -13,7 +13,15 @@ import torch
 from PIL import Image
 
 from evaluation.report.attention_maps import merge_pieces
-from evaluation.report.chart import nice_ticks
+from evaluation.report.chart import (
+    COLOURS,
+    HEIGHT,
+    KEY_MARK,
+    LETTER,
+    WIDTH,
+    lay_out,
+    nice_ticks,
+)
 from evaluation.report.examples import answer_case, box_case
 from evaluation.report.images import heat_map, image_uri
 from evaluation.report.page import (
@@ -54,7 +62,7 @@ def test_captions_labels_and_names_are_escaped_as_written():
         line_chart({hostile: [(0, 1)], "other": [(1, 2)]}, hostile, hostile, (hostile, 1.0)),
         figure(thumbnail(image), hostile),
     ]
-    for block, count in zip(made, (3, 3, 1, 5, 1), strict=True):
+    for block, count in zip(made, (3, 3, 1, 6, 1), strict=True):
         assert "<b>&" not in block and block.count("&lt;b&gt;&amp;&#39;&#34;") == count
 
 
@@ -81,6 +89,20 @@ def test_chart_keeps_its_points_inside():
     assert made.count("<polyline") == 2 and "chance" in made
     assert made.count('r="3"') == 1, "one point is no line"
     assert line_chart({"a": []}) == ""
+
+
+def test_names_of_many_lines_stand_apart_below_the_chart():
+    """Of runs: each has its colour and dash in every chart, also where another has no point."""
+    runs = {f"run {n}": [] if n == 3 else [(0, n), (1, 2)] for n in range(21)}
+    chart = lay_out(runs, "loss", "step", None)
+    assert [line.name for line in chart.lines] == [name for name in runs if name != "run 3"]
+    looks = [(line.colour, line.dash) for line in chart.lines]
+    assert len(set(looks)) == 20 and looks[4] == (COLOURS[5], "none")
+    end = {line.key: line.key[0] + KEY_MARK + LETTER * len(line.name) for line in chart.lines}
+    assert all(HEIGHT - 5 <= y <= chart.height - 5 for _, y in end)
+    for (x, y), right in end.items():
+        assert right <= min([WIDTH, *(left for left, row in end if row == y and left > x)])
+    assert 'stroke-dasharray="5 3"' in line_chart(runs)
 
 
 def test_recalls_become_a_row_each_under_their_titles():

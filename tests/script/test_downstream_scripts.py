@@ -1,6 +1,7 @@
 """VQA.py, VE.py, NLVR.py and Grounding.py through their real main: training, resume, evaluation,
 mistakes, reports."""
 
+import inspect
 import json
 import re
 import shutil
@@ -10,8 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import NLVR
+import VQA
 from base.errors import UserError
-from runtime.config.cli import run_script
+from dataset.text.wordpiece import Tokenizer
+from runtime.checkpoint import read_weights
+from runtime.config.cli import parse, run_script
 from runtime.safe_pickle import load_plain
 from scripts.data import convert_expressions
 from tests.helpers.downstream import SCRIPTS, flags, pretraining_checkpoint, start
@@ -50,6 +55,7 @@ def test_training_validates_keeps_the_best_and_reports(digitscenes, finetuned, t
     assert score == max(validations.values())
     metrics = json.loads((out / "result/metrics.json").read_text())
     assert metrics["val"][METRIC[task]] == pytest.approx(score)
+    assert metrics["checkpoint"] == str(out / "checkpoint_best.pt")
     page = (out / "result/report.html").read_text()
     assert "data:image/jpeg;base64," in page and "<script" not in page and 'class="case"' in page
     assert "http" not in re.sub(r"data:image/jpeg;base64,[A-Za-z0-9+/=]*", "", page)
@@ -123,6 +129,12 @@ def test_unreadable_images_are_counted_beside_the_scores(digitscenes, finetuned,
     found = start(task, digitscenes, tmp_path / "out", *more)
     found = found if task == "Grounding" else found["test"]
     assert found["unreadable_images"] == 1 and "truncated_images" not in found
+    if task == "VQA":
+        assert found["questions"] == 5  # whose answers are not known
+    if task in ("VE", "NLVR"):
+        more = ["--val_file", tmp_path / "test.json", "--scheduler.epochs", "1 steps"]
+        start(task, digitscenes, tmp_path / "trained", *more, "--error_budget", "0.2")
+        assert log_lines(tmp_path / "trained")[-1]["val_unreadable_images"] == 1
 
 
 @pytest.mark.parametrize("two_stage", [False, True], ids=["simla", "albef"])
@@ -148,6 +160,8 @@ def test_nlvr_stages_follow_each_other(digitscenes, tmp_path, two_stage):
     metrics = start("NLVR", digitscenes, tmp_path / "second", *second)
     assert 0 <= metrics["test"]["accuracy"] <= 100
     first = torch.load(tmp_path / "first/checkpoint_00000002.pt", weights_only=True)["model"]
+    exported = read_weights(tmp_path / "first/model.safetensors")
+    assert exported and all(torch.equal(value, first[key]) for key, value in exported.items())
     state = torch.load(tmp_path / "second/checkpoint_00000001.pt", weights_only=True)["model"]
     for name in ("key", "value"):
         last = max(
@@ -160,6 +174,12 @@ def test_nlvr_stages_follow_each_other(digitscenes, tmp_path, two_stage):
         assert torch.equal(state[twins[0]], state[twins[1]])
     key = "visual_encoder.patch_embed.proj.weight"
     assert torch.allclose(state[key.replace("encoder.", "encoder_m.")], first[key], atol=1e-2)
+    given = flags("NLVR", digitscenes, tmp_path / "third", *second, "--compat", "original")
+    config = parse(NLVR.Config, given)
+    model = NLVR.build_model(config, Tokenizer(config.text_encoder), NLVR.prepare(config).weights)
+    teacher = model.state_dict()[key.replace("encoder.", "encoder_m.")]
+    assert not torch.allclose(teacher, first[key], atol=1e-2)  # random, as in the published code
+    assert model.config.compat == "original"
 
 
 def test_vqa_answers_are_in_the_servers_format(digitscenes, finetuned):
@@ -171,6 +191,48 @@ def test_vqa_answers_are_in_the_servers_format(digitscenes, finetuned):
     assert {row["answer"] for row in rows} <= set(
         json.loads((digitscenes / "answer_list.json").read_text())
     )
+
+
+@pytest.mark.parametrize(("compat", "k"), [("none", 3), ("original", 10**6)])
+def test_vqa_counts_as_the_originals_do_where_it_is_asked_to(
+    digitscenes, finetuned, tmp_path, monkeypatch, compat, k
+):
+    """The score, what chance is, what the page shows and the warning about the list; of the answers
+    no more are scored whole than there are."""
+    noted = {}
+
+    def note(owner, name: str) -> None:
+        function = getattr(owner, name)
+        names = inspect.signature(function).parameters
+
+        def called(*given, **options):
+            noted.setdefault(name, []).append(dict(zip(names, given, strict=False)) | options)
+            return function(*given, **options)
+
+        monkeypatch.setattr(owner, name, called)
+
+    for name in ("vqa_accuracy", "prior_accuracy", "check_answer_list"):
+        note(VQA.vqa, name)
+    note(VQA, "answer_report")
+    note(VQA.Vqa, "rank_answers")
+    more = [
+        "--evaluate",
+        "--checkpoint",
+        finetuned("VQA"),
+        "--compat",
+        compat,
+        "--val_file",
+        "none",
+    ]
+    metrics = start("VQA", digitscenes, tmp_path, *more, "--k_test", k)
+    kept = min(k, len(json.loads((digitscenes / "answer_list.json").read_text())))
+    assert metrics["k_test"] == kept
+    assert {call["k"] for call in noted.pop("rank_answers")} == {kept}
+    assert noted.keys() == {"vqa_accuracy", "prior_accuracy", "check_answer_list", "answer_report"}
+    for calls in noted.values():
+        assert {call["one_sided"] for call in calls} == {compat == "original"}
+    probability = noted["answer_report"][0]["probability"]
+    assert (probability.diff() <= 0).all() and probability.max() <= 1  # likeliest first
 
 
 @pytest.mark.parametrize("mode", ["itm", "itc"])

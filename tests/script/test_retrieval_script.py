@@ -2,6 +2,7 @@
 the report page."""
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -72,6 +73,13 @@ def test_finetuning_validates_and_keeps_the_best(data, finetuned):
     assert score == max(validations.values())
     metrics = json.loads((finetuned / "result/metrics.json").read_text())
     assert set(metrics["test"]) == RECALLS and metrics["val"]["r_mean"] == pytest.approx(score)
+    assert metrics["checkpoint"] == str(finetuned / "checkpoint_best.pt")
+    # of 20 images with five captions each
+    by_image = [1 - math.comb(95, k) / math.comb(100, k) for k in (1, 5, 10)]
+    by_caption = [k / 20 for k in (1, 5, 10)]
+    assert metrics["test"]["chance"] == pytest.approx(100 * sum(by_image + by_caption) / 6)
+    page = (finetuned / "result/report.html").read_text()
+    assert page.index("test: 20 images, 100 captions") < page.index("val: 20 images, 100 captions")
 
 
 def test_evaluation_of_a_checkpoint_inherits_the_network(data, finetuned, tmp_path, monkeypatch):
@@ -92,6 +100,16 @@ def test_evaluation_of_a_checkpoint_inherits_the_network(data, finetuned, tmp_pa
     assert metrics["test"] == json.loads((finetuned / "result/metrics.json").read_text())["test"]
     assert not (tmp_path / "out/log.jsonl").exists()
     assert weights == pytest.approx([1 / read_weights(finetuned)["temp"].item()] * 2)
+    rank, lengths = Retrieval.rank, []
+
+    def captions_noted(model, images, count, captions, *given, **options):
+        lengths.append(captions.ids.shape[1])
+        return rank(model, images, count, captions, *given, **options)
+
+    monkeypatch.setattr(Retrieval, "rank", captions_noted)
+    more = ["--score", "matching", "--max_tokens", "6"]
+    Retrieval.main(parse(Retrieval.Config, [*given.split(), *more]))
+    assert weights[2:] == [0, 0] and lengths == [6]
 
 
 def test_recalls_at_10_without_re_ranking_need_no_k_of_10(data, finetuned, tmp_path):
@@ -315,3 +333,14 @@ def test_unreadable_image_of_the_test_set_is_named(data, finetuned, tmp_path):
     within = start(data, tmp_path, *more, "--error_budget", "0.05")
     assert within["test"].keys() == RECALLS | {"unreadable_images"}
     assert within["test"]["unreadable_images"] == 1
+    pairs = [
+        {"filename": entry["image"], "caption": "a", "negative_caption": "b"}
+        for entry in entries[2:4]
+    ]
+    (tmp_path / "swap_obj.json").write_text(
+        json.dumps({str(n): row for n, row in enumerate(pairs)})
+    )
+    more[more.index("--test_file") + 1] = "none"
+    more += ["--val_file", "none", "--choices", tmp_path / "swap_obj.json"]
+    found = start(data, tmp_path, *more, "--error_budget", "0.5")
+    assert found["swap_obj"]["unreadable_images"] == 1

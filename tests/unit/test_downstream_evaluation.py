@@ -1,11 +1,13 @@
 """VQA accuracy, boxes and classification: properties and corner cases."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from base.errors import UserError
 from dataset.images.decode import reading
@@ -270,3 +272,40 @@ def test_a_missing_image_does_not_lose_the_page_of_grounding(tmp_path):
     with reading(grey=True) as noticed:
         cards = Grounding.report(expressions, torch.rand(1, 2, 2), found, {"val": score})
     assert "a cat" in cards[1] and len(noticed.unreadable) == 1
+
+
+def test_the_page_of_grounding_has_each_figure_beside_its_chance(tmp_path, monkeypatch):
+    import Grounding
+
+    Image.new("RGB", (8, 4)).save(tmp_path / "0.png")
+    box, other = [0.0, 0.0, 4.0, 4.0], [4.0, 0.0, 4.0, 2.0]
+    expressions = SimpleNamespace(
+        targets=[Target(1, "val", other, 4, 8), Target(2, "val", box, 4, 8)],
+        boxes=[[box, other]] * 2,
+        written=["a cat", "a dog"],
+        file=lambda number: tmp_path / "0.png",
+    )
+    found = [Pointing(0, 0.25, False, 0.5, 0.25), Pointing(0, 0.5, True, 0.5, 0.5)]
+    scores = {"expressions": 2, "accuracy": 51.5, "chance": 52.5, "pointing": 53.5}
+    scores["pointing_chance"] = 54.5
+    shown = []
+
+    def noted(image, heat, *given):
+        shown.append((heat, *given))
+        return box_case(image, heat, *given)
+
+    monkeypatch.setattr(Grounding, "box_case", noted)
+    maps = torch.rand(2, 3, 3)
+    tables, examples = Grounding.report(expressions, maps, found, {"val": scores})
+    rows = [re.sub(r"<[^>]*>|\s+", " ", row).split() for row in tables.split("<tr>")[1:]]
+    figures = [row for row in rows if row[0].startswith("val")]
+    assert [[word for word in row if "." in word] for row in figures] == [
+        ["51.5", "52.5"],
+        ["53.5", "54.5"],
+    ]
+    assert "Wrong: 1 of 2" in examples and "Right: 1 of 2" in examples
+    assert examples.index("a cat") < examples.index("a dog")  # the wrong ones first
+    for number, (heat, *given) in enumerate(shown):
+        torch.testing.assert_close(heat, enlarge(maps[number], 4, 8))
+        expected = (expressions.written[number], [box, other], 0)
+        assert given == [*expected, expressions.targets[number].box, found[number].iou]

@@ -42,7 +42,11 @@ def vqa(albef: bool, **options) -> Vqa:
 
 @pytest.mark.parametrize(
     ("asked", "weights", "layers"),
-    [(None, {}, 3), (None, {"text_decoder.bert.encoder.layer.3.output": 0}, 4), (5, {}, 5)],
+    [
+        (None, {}, 3),
+        (None, {"text_decoder.bert.encoder.layer.3.output": 0}, 4),
+        (5, {"text_decoder.bert.encoder.layer.3.output": 0}, 5),
+    ],
 )
 def test_the_decoder_is_half_as_deep_as_the_encoder_where_nothing_tells(
     asked, weights, layers, monkeypatch

@@ -211,8 +211,9 @@ def test_starting_from_weights_and_from_a_text_encoder(digitscenes, tmp_path):
     run_main(arguments(digitscenes, tmp_path / "first", epochs="1 steps"))
     weights = tmp_path / "first/model.safetensors"
     still = {"lr": 0, "lr_start": 0, "lr_end": 0, "epochs": "1 steps"}
+    lock = {"lock": "image"}  # whose weights are the file's
     run_main(
-        arguments(digitscenes, tmp_path / "second", resume=weights, **still)
+        arguments(digitscenes, tmp_path / "second", resume=weights, **lock, **still)
     )  # as the original's --resume FILE
     run_main(arguments(digitscenes, tmp_path / "third", init_text_encoder=weights, **still))
     first, second, third = (

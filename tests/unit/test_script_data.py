@@ -5,6 +5,7 @@ checkpoint."""
 import contextlib
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -229,3 +230,87 @@ def test_dual_encoders(model, views, digitscenes, tmp_path):
         images, texts = source.build.image_views, source.build.text_views
         assert (images.local_count, texts.local) == views
         assert texts.shorten and images.local[0].scale[0] == 0.3
+
+
+def test_what_chooses_the_best_checkpoint(digitscenes, tmp_path, monkeypatch):
+    noted = []
+
+    def run(config, world, metric):
+        noted.append(metric)
+        raise EOFError  # far enough
+
+    for script in (main, Classification, Recognition):
+        monkeypatch.setattr(script, "Run", run)
+    dual = parse(main.Config, main_runs.arguments(digitscenes, tmp_path))
+    words = recognition_runs.arguments(digitscenes, tmp_path)
+    labels = parse(Recognition.Config, words)
+    words = classification_runs.flags(digitscenes, tmp_path)
+    many = parse(Classification.Config, words)
+    begun = [partial(main.main, dual), partial(main.main, replace(dual, val_folder=None))]
+    begun += [partial(Classification.train, many, [], val, ALONE, None) for val in ([], None)]
+    one = replace(many, multi_label=False)
+    begun.append(partial(Classification.train, one, [], [], ALONE, None))
+    for encoder in (None, "by meaning"):
+        begun.append(partial(Recognition.train, labels, None, [0], encoder, None, ALONE, None))
+    for each in begun:
+        with pytest.raises(EOFError):
+            each()
+    assert noted == ["acc1_z", None, None, None, None, "exact_f1", "f1"]
+
+
+def begins_with(script, words: list[str], monkeypatch) -> float:
+    """What a run is begun with as the FLOPs of an update, where a batch has as many as it has
+    numbers."""
+    noted = []
+
+    def begin(run, title, model, loader, precision, decayed=None, flops=0.0):
+        noted.append(flops)
+        raise EOFError  # far enough
+
+    def counted(model, example) -> int:
+        return sum(each.numel() for each in example.values())
+
+    monkeypatch.setattr(script, "training_flops", counted)
+    monkeypatch.setattr(script.Run, "begin", begin)
+    with pytest.raises(EOFError):
+        script.main(parse(script.Config, words))
+    return noted[0]
+
+
+def test_an_update_has_the_operations_of_all_views_and_micro_batches(
+    digitscenes, tmp_path, monkeypatch
+):
+    def clip(out: str, **changes) -> float:
+        changes |= {"peak_tflops": 1, "val_folder": "none"}
+        words = main_runs.arguments(digitscenes, tmp_path / out, **changes)
+        return begins_with(main, words, monkeypatch)
+
+    def albef(out: str, accumulate: int) -> float:
+        changes = {"peak_tflops": 1, "method": "albef", "accumulate": accumulate}
+        words = pretraining.arguments(digitscenes, "none", tmp_path / out, **changes)
+        return begins_with(Pretrain, words, monkeypatch)
+
+    views = [clip(f"{count} local", num_augs=count) for count in (1, 3)]
+    assert clip("twice", num_augs=1, accumulate=2) == 2 * views[0] == views[1] > 0
+    assert albef("two", 2) == 2 * albef("one", 1) > 0
+
+
+def test_the_seed_is_that_of_the_run_and_the_same_on_every_rank(digitscenes, tmp_path, monkeypatch):
+    """Initial weights, which DDP and FSDP2 take from each process."""
+    noted = []
+
+    def seeded(seed, rank):
+        noted.append((seed, rank))
+        raise EOFError  # far enough
+
+    made = {
+        main: main_runs.arguments(digitscenes, tmp_path),
+        Pretrain: pretraining.arguments(digitscenes, "none", tmp_path),
+        Classification: classification_runs.flags(digitscenes, tmp_path),
+        Recognition: recognition_runs.arguments(digitscenes, tmp_path),
+    }
+    for script, words in made.items():
+        monkeypatch.setattr(script, "seed_everything", seeded)
+        with pytest.raises(EOFError):
+            script.main(parse(script.Config, [*words, "--seed", "7"]))
+    assert noted == [(7, 0)] * len(made)

@@ -115,6 +115,31 @@ def test_what_is_made_of_images_is_made_again_where_they_are_read_otherwise(
     assert key(tmp_path, monkeypatch) != before
 
 
+def test_features_and_embeddings_are_told_by_every_setting_that_they_depend_on(
+    tmp_path, monkeypatch
+):
+    key_of_features(tmp_path, monkeypatch)  # which leaves its stand-ins
+    encoder = torch.nn.Identity()
+    encoder.pixels, encoder.width, encoder.view = Pixels(16, "bicubic", *HALF), 4, None
+    images = type("Images", (list,), {"records": [], "classes": []})()
+
+    def features(in_words="squeezed", **changes) -> str:
+        config = eval_knn.Config(cache=tmp_path, **changes)
+        return eval_knn.bank_of(images, "x", encoder, in_words, config, ALONE)
+
+    def embeddings(signature="s", stop=0, **changes) -> str:
+        config = {"root": Path(), "score": "z", "half": False, "precision": "fp32"}
+        config = SimpleNamespace(**config | {"batch_size": 2, "exif": False} | changes)
+        part = embed.Part("x", [{"caption": "a"}] * 2, 0, stop)
+        return embed.key_of(part, SimpleNamespace(signature=signature), config)
+
+    changes = [{"precision": "bf16"}, {"batch_size": 3}, {"exif": True}]
+    found = [features(), features("centre"), *(features(**each) for each in changes)]
+    changes += [{"signature": "t"}, {"stop": 1}, {"score": "h"}, {"half": True}]
+    found += [embeddings(), *(embeddings(**each) for each in changes)]
+    assert found[0] == features() and len(set(found)) == len(found) == 13
+
+
 def test_a_tokenizer_is_told_by_all_that_its_ids_depend_on():
     """Two of one vocabulary would else share the text classifiers that are kept."""
     from tokenizers import Tokenizer, models, normalizers

@@ -3,6 +3,8 @@
 import errno
 import os
 from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+import eval_knn
 from base.arrays import map_array, reserve_array
 from base.distributed import World
 from base.errors import UserError
@@ -367,3 +370,75 @@ def test_a_damaged_bank_is_made_again(tmp_path, which, damage):
     assert again.labels.tolist() == [2, 0, 1]
     bank()
     assert len(calls) == 2
+
+
+def test_the_script_compares_what_its_options_name(tmp_path, monkeypatch):
+    """What stands beside the accuracies, what the page and the probe are given."""
+    generator = torch.Generator().manual_seed(0)
+    counts = {"train": [5, 3, 1], "test": [2, 4, 4], "val": [2, 2, 2]}  # of the classes
+    banks = {}
+    for name, many in counts.items():
+        labels = torch.arange(3).repeat_interleave(torch.tensor(many))
+        features = torch.randn(len(labels), 4, generator=generator).numpy()
+        banks[name] = Bank(features, labels, {"unreadable_images": len(labels)})
+    encoder = SimpleNamespace(title="net", width=4, chosen=[])
+    encoder.choose, encoder.to = encoder.chosen.append, lambda device: encoder
+    found: dict = {}
+
+    def noted(name, result=None):
+        def call(*given, **options):
+            found[name] = (given, options)
+            return result
+
+        return call
+
+    def images_of(data, split, view, names, config):
+        return SimpleNamespace(split=split, image=f"{split}'s images")
+
+    probe = {"probe": 50.0, "probe_top5": 100.0, "probe_mean_per_class": 25.0}
+    stand_ins = {
+        "load_encoder": lambda config: encoder,
+        "class_names": noted("class_names", ["a", "b", "c"]),
+        "view_of": lambda encoder, about: ("view", "in words"),
+        "images_of": images_of,
+        "bank_of": lambda images, *_: banks[images.split],
+        "linear_probe": noted("probe", probe),
+        "neighbour_report": noted("report", []),
+        "write_results": noted("results"),
+        "write_probe": noted("row"),
+    }
+    for name, call in stand_ins.items():
+        monkeypatch.setattr(eval_knn, name, call)
+    words = {"model": "timm/net", "train_data": "T", "val_data": "V", "probe_val_data": "W"}
+    words |= {"k": [1, 3], "temperature": 0.5, "features": "z", "linear_probe": True}
+    words |= {"probe_l2": 0.25, "probe_iterations": 7, "data_name": "mine"}
+    config = eval_knn.Config(**words)
+    eval_knn.main(config)
+    assert encoder.chosen == ["z"] and found["class_names"][0][0] == ["T", "V"]
+
+    train, test = banks["train"], banks["test"]
+    nearest = nearest_neighbours(train, test, 3, ALONE)
+    expected = {"images": 10, "train_images": 9, "width": 4, "chance": 40.0}
+    expected |= {"unreadable_images": 10, "train_unreadable_images": 9, "val_unreadable_images": 6}
+    expected |= knn_accuracy(nearest, train.labels, test.labels, 3, [1, 3], 0.5)
+    assert found["results"][0][2] == {"model": "net", **expected, **probe}
+    given, options = found["probe"]
+    assert given[:3] == (train, test, 3)
+    assert options == {"l2": 0.25, "iterations": 7, "val": banks["val"], "val_fraction": 0.0}
+    title, names, _, neighbours, labels, images, temperature = found["report"][0]
+    assert (title, names, temperature) == ("net, z, on V", ["a", "b", "c"], 0.5)
+    assert torch.equal(neighbours.index, nearest.index) and neighbours.index.shape == (10, 3)
+    assert torch.equal(labels[0], train.labels) and torch.equal(labels[1], test.labels)
+    assert images == ("train's images", "test's images")
+    assert found["row"][0][1:] == ("net", "mine", {**expected, **probe}, 3)
+
+    for name in ("train", "test"):
+        whole = banks[name]
+        banks[name] = Bank(whole.features, whole.labels + 1)
+        with pytest.raises(UserError, match="3"):
+            eval_knn.main(config)
+        banks[name] = whole
+    fraction = replace(config, probe_val_data=None, probe_val_fraction=0.5, data_name=None)
+    eval_knn.main(fraction)
+    given, options = found["probe"]
+    assert (options["val"], options["val_fraction"]) == (None, 0.5)

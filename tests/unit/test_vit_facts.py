@@ -2,12 +2,16 @@
 asked; nothing about pixels, activation and LayerNorm is guessed."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import eval_knn
 from base.errors import UserError
-from base.pixels import HALF, IMAGENET, timm_statistics
+from base.pixels import HALF, IMAGENET, Pixels, timm_statistics
+from dataset.images.clip import EvalView
+from dataset.images.vit import ViTEvalView
 from models.layers.vit import ViT, ViTConfig
 from models.weights.any_image_encoder import open_encoder
 from models.weights.vit import to_transformers
@@ -294,3 +298,55 @@ def test_the_vision_transformer_of_a_run_on_a_timm_tower_is_opened(tmp_path):
     assert encoder.pixels == (64, "bicubic", *timm_statistics(config.tower))
     with pytest.raises(UserError, match=r"keep the run's config\.yaml"):
         open_encoder(state, {})
+
+
+RESIZING = {
+    "a library's own": ({"kind": "library", "view": "view"}, {}, "view", "'view'"),
+    "a classifier's": (
+        {"kind": "classifier"},
+        {"config": {"views": {"resize_small": 20}}},
+        ViTEvalView(16, 20),
+        "shorter side 20, centre 16",
+    ),
+    "a classifier's, whole": ({"kind": "classifier"}, {}, ViTEvalView(16), "squeezed to 16"),
+    "a dual encoder's": (
+        {"kind": "dual"},
+        {},
+        EvalView(16, "bicubic"),
+        "CLIP_VITB16_CLIP's, 16, bicubic",
+    ),
+    "SIMLA's": (
+        {"kind": "fusion"},
+        {},
+        EvalView(16, "bicubic", squeeze=True),
+        "squeezed to 16, bicubic",
+    ),
+    "as stated": (
+        {"kind": "vit", "resize": 20},
+        {},
+        EvalView(16, "bicubic", 20),
+        "shorter side 20, centre 16, bicubic",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RESIZING)
+def test_images_are_resized_as_the_encoder_was_trained(case):
+    changes, about, expected, in_words = RESIZING[case]
+    facts = {"pixels": Pixels(16, "bicubic", *HALF), "title": "CLIP_VITB16_CLIP", "resize": None}
+    encoder = SimpleNamespace(**facts | {"view": None} | changes)
+    found, said = eval_knn.view_of(encoder, about)
+    assert (type(found), said) == (type(expected), in_words)
+    assert found == expected or vars(found) == vars(expected)
+
+
+def test_what_the_user_states_of_a_transformer_is_what_opens_it(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(eval_knn, "weights_file", lambda file: file)
+    monkeypatch.setattr(eval_knn, "read_weights", lambda file: "weights")
+    monkeypatch.setattr(eval_knn, "description_of", lambda file: "about")
+    monkeypatch.setattr(eval_knn, "open_encoder", lambda *given: opened.append(given))
+    facts = VitFacts((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "gelu_tanh", 1e-3, resize=20)
+    stated = {name: getattr(facts, name) for name in ("mean", "std", "activation", "eps", "resize")}
+    eval_knn.load_encoder(eval_knn.Config(checkpoint=tmp_path, model="vit", **stated))
+    assert opened == [("weights", "about", "vit", facts)]

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ import eval_zeroshot as script
 import main as training
 from base.errors import UserError
 from dataset.images.decode import decode_image
+from dataset.tasks.catalog import Entry
 from dataset.text.align import AlignTokenizer
 from evaluation import zeroshot
+from evaluation.compositional import choices, example_scores
+from evaluation.retrieval import chance
 from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from models.dual_encoder.openai import OpenAICLIP
@@ -489,3 +493,87 @@ def test_words_for_a_model_of_a_library(digitscenes, tmp_path):
     script.main(parse(script.Config, [*asked, "--output-dir", str(tmp_path), "--device", "cpu"]))
     found = json.loads((tmp_path / "result/words.json").read_text())
     assert sum(each["probability"] for each in found["words"]) == pytest.approx(1)
+
+
+def unit_rows(rows: int, generator: torch.Generator) -> torch.Tensor:
+    return F.normalize(torch.randn(rows, 4, generator=generator), dim=-1)
+
+
+class ThreeImages(SimpleNamespace):
+    def __len__(self):
+        return 3
+
+
+def test_what_stands_beside_the_recalls_and_the_choices():
+    """Chance, counts, damages and the page's examples."""
+    generator = torch.Generator().manual_seed(0)
+    image, text = ({"z": unit_rows(count, generator)} for count in (3, 5))
+    owner = torch.tensor([0, 0, 1, 2, 2])
+    captions = ThreeImages(text_image=owner, captions=list("abcde"))
+    data = script.OpenSet(Entry("pairs", "retrieval", "x", metric="recall"), captions)
+    world, damages = script.distributed.init("cpu"), {"unreadable_images": 1}
+    figures, card = script.rank_pairs(data, image, text, damages, world)[1:3]
+    assert figures["images"] == 3 and figures["captions"] == 5
+    assert figures["unreadable_images"] == 1 and figures["chance"] == chance(owner, 3)
+    by_image, by_text = card.args[3:]
+    nearest = (image["z"] @ text["z"].T).argsort(1, descending=True)
+    assert torch.equal(by_image.candidates, nearest) and by_text.candidates.shape == (5, 3)
+
+    for images, expected in ((1, 50.0), (2, 25.0)):
+        examples = torch.arange(2 * images).view(2, images) % 3
+        captions.example_images = examples
+        captions.example_captions = torch.tensor([[0, 1], [2, 3]])
+        found = script.choose_texts(data, image, text, damages).figures
+        assert found["chance"]["text_acc"] == expected and found["examples"] == 2
+        assert found["unreadable_images"] == 1
+        right = choices(example_scores(image["z"], text["z"], examples, captions.example_captions))
+        assert {f"{name}_z": value for name, value in right.items()}.items() <= found.items()
+
+
+def test_precision_is_that_of_every_forward_pass(monkeypatch):
+    asked = []
+
+    def noted(*given):
+        asked.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return given[0]
+
+    monkeypatch.setattr(script, "classify_images", noted)
+    monkeypatch.setattr(script, "embed_pairs", lambda *given: (noted(*given), {}, {}))
+    monkeypatch.setattr(script, "rank_pairs", lambda *_: asked.append("ranked"))
+    monkeypatch.setattr(script, "choose_texts", lambda *_: asked.append("chosen"))
+    opened = SimpleNamespace(model=torch.nn.Identity())
+    precision = script.Precision("bf16", torch.device("cpu"))
+    encoder = SimpleNamespace(opened=opened, precision=precision)
+    for classes, metric in ((["a"], "acc1"), ([], "recall"), ([], "text_acc")):
+        entry = SimpleNamespace(metric=metric)
+        script.evaluate(SimpleNamespace(classes=classes, entry=entry), encoder, None, None)
+    assert asked == [torch.bfloat16, torch.bfloat16, "ranked", torch.bfloat16, "chosen"]
+
+
+def test_a_classifier_is_told_by_all_that_its_text_embeddings_depend_on(monkeypatch):
+    """The network's title, tokenizer and context, the precision and the device."""
+    facts = {"title": "net", "context_length": 7, "identity": "tokenizer", "precision": "fp32"}
+    monkeypatch.setattr(script.zeroshot, "fingerprint", lambda model, makes: tuple(makes))
+    monkeypatch.setattr(script, "image_side", lambda opened, device: (None, None))
+    world = script.distributed.init("cpu")
+
+    def signature(**changes) -> tuple:
+        given = facts | changes
+        opened = SimpleNamespace(model=torch.nn.Identity(), **given)
+        monkeypatch.setattr(script, "open_checkpoint", lambda config: (opened, given["identity"]))
+        config = SimpleNamespace(model=None, precision=given["precision"])
+        return script.open_encoder(config, world).signature
+
+    changes = [{"title": "x"}, {"context_length": 8}, {"identity": "y"}, {"precision": "bf16"}]
+    found = [signature(), *(signature(**change) for change in changes)]
+    assert found[0] == signature() and len(set(found)) == 5
+
+
+def test_options_that_exclude_each_other(tmp_path):
+    for words, message in (
+        (["--model", "hf/x", "--checkpoint", "x", "--random-weights"], "exclude each other"),
+        (["--output-dir", str(tmp_path / "gone")], "add --checkpoint FILE"),
+        (["--checkpoint", "x", "--download"], "--download fetches named data sets"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse(script.Config, words)

@@ -118,7 +118,7 @@ def training_data(config: Config, names: list[str], world: World, state) -> Stre
         labels = Labels(config.network.num_classes, config.targets, data, names)
         samples = config.samples[number] if config.samples else None
         sources.append(training_source(data, view, labels, names, config, samples))
-    stream = Stream(sources, LabelCollate(), exif=config.exif)
+    stream = Stream(sources, LabelCollate(), config.weights, config.exif)
     return stream_loader(stream, config.batch_size, config, world, state)
 
 

@@ -76,7 +76,6 @@ class Config(FusionNetworks, StreamConfig, RunConfig):
     train_file: list[str] = knob([], "annotation lists {image, caption}, JSON or JSON lines")
     image_root: Path = knob(Path(""), "folder that the images' relative paths start from")
     shards: list[str] = knob([], "WebDataset: paths, {00000..00099}, globs, s3:// or gs:// URLs")
-    weights: list[float] = knob([], "ratios of the sources; none = by size", low=0, rare=True)
     crop_scale: tuple[float, float] = knob((0.2, 1.0), "area of the random crop", low=0, high=1)
     flip: bool = knob(True, "horizontal flip, probability 0.5; no if captions say left and right")
     augment_level: float = knob(7, "strength of RandAugment; 0 = none", low=0, high=10)

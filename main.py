@@ -107,7 +107,7 @@ def training_data(config: Config, tokenizer, world: World, state: dict | None) -
     texts = TextViews(config.texts, local_captions, stop_words_always=config.network.original)
     sources = pair_sources(config, views, texts, load_plain)
     collate = CaptionCollate(tokenizer, config.text_lengths)
-    stream = Stream(sources, collate, exif=config.exif)
+    stream = Stream(sources, collate, config.weights, config.exif)
     return stream_loader(stream, config.batch_size, config, world, state)
 
 

@@ -147,6 +147,12 @@ class StreamConfig:
         low=1,
         rare=True,
     )
+    weights: list[float] = knob(
+        [],
+        "ratios in which the sources are sampled, lists before shards; none = by size",
+        low=0,
+        rare=True,
+    )
     error_budget: float = knob(
         0.01, "fraction of unreadable samples at which the run stops", low=0, high=1, rare=True
     )

@@ -39,6 +39,7 @@ DATA = (
     "val_dataset",
     "val_file",
     "val_folder",
+    "weights",
 )
 NETWORK = (
     "bert_config",
@@ -61,6 +62,7 @@ NETWORK = (
 )
 # how it is optimized: the sections of most scripts, and main.py's schedule
 OPTIMIZATION = (
+    "cooldown",
     "duration",
     "lr_end",
     "lr_start",
@@ -78,6 +80,7 @@ TRAINING = (
     "barlip_scale_loss",
     "bert_dropout",
     "drop_connect",
+    "drop_path",
     "dropout",
     "label_smoothing",
     "loss_avg_or_sum",

@@ -45,6 +45,12 @@ class ViTViews:
         choices=("none", "autoaugment", "randaugment", "trivialaugment"),
         rare=True,
     )
+    erase: float = knob(
+        0.0,
+        "probability of random erasing: noise in a rectangle of 2 to 33 % of a training view",
+        low=0,
+        high=1,
+    )
     resize_small: int | None = knob(
         None,
         "evaluation: shorter side before the centre crop; none = squeeze to a square",
@@ -63,7 +69,7 @@ class ViTViews:
 
 
 class ViTTrainView:
-    """Inception crop to side x side, flips, and what the policy adds."""
+    """Inception crop to side x side, flips, what the policy adds, and random erasing."""
 
     def __init__(self, side: int, options: ViTViews, exact: bool = False):
         self.side = side
@@ -81,8 +87,12 @@ class ViTTrainView:
         if self.options.flip and torch.rand(()) < 0.5:
             view = view.flip(-1)
         if self.options.policy != "none":
-            return policy(self.options.policy)(rounded(view))
-        return view if self.exact else rounded(view)
+            view = policy(self.options.policy)(rounded(view))
+        elif not self.exact:
+            view = rounded(view)
+        if self.options.erase and torch.rand(()) < self.options.erase:
+            view = erased(view)
+        return view
 
 
 class ViTEvalView:
@@ -171,6 +181,23 @@ def area_weights(old: int, new: int, count: int) -> Tensor:
     pixel = torch.arange(old, dtype=torch.float64)
     overlap = torch.minimum(edges[1:, None], pixel + 1) - torch.maximum(edges[:-1, None], pixel)
     return (overlap.clamp(min=0) * (new / old)).float()
+
+
+def erased(view: Tensor) -> Tensor:
+    """Random erasing (Zhong et al. 2020): a rectangle of 2 to 33 % of the area and an aspect of 0.3
+    to 3.3 holds uniform noise. The view itself where ten draws do not fit."""
+    height, width = view.shape[1:]
+    for _ in range(10):
+        area = float(torch.empty(()).uniform_(0.02, 1 / 3)) * height * width
+        aspect = math.exp(float(torch.empty(()).uniform_(math.log(0.3), math.log(1 / 0.3))))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < h < height and 0 < w < width:
+            top = int(torch.randint(height - h + 1, ()))
+            left = int(torch.randint(width - w + 1, ()))
+            view = view.clone()
+            view[:, top : top + h, left : left + w] = torch.randint(256, (3, h, w))
+            break
+    return view
 
 
 @lru_cache(maxsize=4)

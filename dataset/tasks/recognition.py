@@ -324,7 +324,7 @@ def training_stream(
     nouns. A collective: the first process looks through lists and shards for all.
 
     data: has `train_list` and `image_root`, `shards`, `samples` and `shuffle_buffer` (see
-    `shard_sources`), and `exif` (see `Stream`). captions: whether samples have the caption, too.
+    `shard_sources`), `weights` and `exif` (see `Stream`). captions: whether samples have the caption, too.
     """
     root = data.image_root
     build = RecognitionSample(view, sequences, root, captions)
@@ -337,7 +337,8 @@ def training_stream(
     sources += shard_sources(data.shards, build, data.shuffle_buffer, data.samples)
     if not sequences.original:  # there, such images are trained on without labels
         sources = [Filtered(source, has_names, NO_NAMES) for source in sources]
-    return Stream(sources, RecognitionCollate(sequences.tokenizer.pad), exif=data.exif)
+    collate = RecognitionCollate(sequences.tokenizer.pad)
+    return Stream(sources, collate, data.weights, data.exif)
 
 
 class ImageSet:

@@ -70,6 +70,13 @@ class ClassifierConfig:
         0.0, "behind the positions, each attention and both layers of each MLP", low=0, high=1
     )
     attention_dropout: float = knob(0.0, "of attention weights", rare=True, low=0, high=1)
+    drop_path: float = knob(
+        0.0,
+        "stochastic depth: probability that the last block leaves a sample out, rising from 0 at the "
+        "first block",
+        low=0,
+        high=1,
+    )
     gelu: str = knob(
         "tanh",
         "GELU by tanh, as COYO-ViT, or none: exact, as timm's and Hugging Face's weights want it",
@@ -123,6 +130,7 @@ class ClassifierConfig:
             gelu=self.gelu,
             dropout=self.dropout,
             attention_dropout=self.attention_dropout,
+            drop_path=self.drop_path,
             stem=tuple(self.stem),
             stem_statistics=True,
         )

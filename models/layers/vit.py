@@ -38,6 +38,8 @@ class ViTConfig:
     # probability behind the positions, each attention and both layers of each MLP
     dropout: float = 0.0
     attention_dropout: float = 0.0  # probability per attention weight
+    # stochastic depth of the last block's two branches; rises linearly from 0 at the first block
+    drop_path: float = 0.0
     # channels of convolutional stages before the patches, each halving the image's sides
     stem: tuple[int, ...] = ()
     # batch norms of the stem learn their statistics in training, or keep those loaded
@@ -200,10 +202,23 @@ class Mlp(nn.Module):
         return F.dropout(self.fc2(hidden), self.dropout, self.training)
 
 
+def drop_path(branch: Tensor, rate: float, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Stochastic depth (Huang et al. 2016): a residual branch [B,...] without the samples that are
+    dropped with probability `rate`, the others divided by 1 - rate.
+
+    shape: of what is drawn, if not a number for each sample.
+    """
+    if rate == 0:
+        return branch
+    kept = 1 - rate
+    mask = branch.new_empty(shape or (len(branch), *[1] * (branch.ndim - 1))).bernoulli_(kept)
+    return branch * (mask / kept if kept > 0 else mask)
+
+
 class Block(nn.Module):
     """x + Attn(LN(x)), then x + MLP(LN(x))."""
 
-    def __init__(self, config: ViTConfig, mlp_class: type[Mlp] = Mlp):
+    def __init__(self, config: ViTConfig, mlp_class: type[Mlp] = Mlp, drop_path: float = 0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.attn = Attention(config.width, config.heads, config.attention_dropout)
@@ -211,6 +226,7 @@ class Block(nn.Module):
         hidden = int(config.width * config.mlp_ratio)
         self.mlp = mlp_class(config.width, hidden, config.gelu, config.dropout)
         self.dropout = config.dropout
+        self.drop_path = drop_path
 
     def forward(
         self, x: Tensor, with_map: bool = False, first: bool = False
@@ -224,8 +240,9 @@ class Block(nn.Module):
             x = x[:, :1]
         else:
             update, probabilities = self.attn(self.norm1(x), with_map)
-        x = x + F.dropout(update, self.dropout, self.training)
-        x = x + self.mlp(self.norm2(x))
+        rate = self.drop_path * self.training
+        x = x + drop_path(F.dropout(update, self.dropout, self.training), rate)
+        x = x + drop_path(self.mlp(self.norm2(x)), rate)
         return (x, probabilities) if with_map else x
 
 
@@ -244,7 +261,8 @@ class ViT(nn.Module):
             self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.normalize = Normalize(*config.pixels) if config.pixels else nn.Identity()
         self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(Block(config, self.mlp_class) for _ in range(config.depth))
+        rates = [config.drop_path * n / max(1, config.depth - 1) for n in range(config.depth)]
+        self.blocks = nn.ModuleList(Block(config, self.mlp_class, rate) for rate in rates)
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.reset_parameters()
 

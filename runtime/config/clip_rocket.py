@@ -52,9 +52,10 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
     warmup: str = knob("1 epochs", "length of the linear warm-up", aliases=("warmup_epochs",))
     sched: str = knob(
         "rocket",
-        "shape of the schedule; ALIGN's is vit_linear",
-        choices=("rocket", "vit_linear"),
+        "shape of the schedule; ALIGN's is vit_linear; constant stays at the peak until cooldown",
+        choices=("rocket", "vit_linear", "constant"),
     )
+    cooldown: str = restated(Schedule, "cooldown", "0 steps")
     lr_start: float = knob(1e-6, "learning rate at the first update", low=0)
     lr_end: float = knob(1e-5, "learning rate at the end", low=0)
     # validation
@@ -83,6 +84,7 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
             min_lr=self.lr_end,
             warmup_lr=self.lr_start,
             warmup=self.warmup,
+            cooldown=self.cooldown,
         )
 
     def resolve_auto(self, device: torch.device) -> None:

@@ -38,6 +38,11 @@ class Schedule:
     warmup: Duration = knob(
         "5%", "length of the linear warm-up: 'steps', 'epochs', 'samples' or '%' of training"
     )
+    cooldown: Duration = knob(
+        "0 steps",
+        "of constant: length of the linear descent to min_lr at the end, in the units of warmup",
+        rare=True,
+    )
     power: float = knob(
         1.0, "of vit_linear: exponent of the fraction of training that is left", low=0, rare=True
     )
@@ -48,7 +53,7 @@ class Schedule:
     )
 
     def __post_init__(self):
-        for duration in (self.duration, self.warmup):  # before any data are read
+        for duration in (self.duration, self.warmup, self.cooldown):  # before any data are read
             steps(duration, epoch_steps=1, batch=1, total=1)
 
     IGNORED = SCHEDULE
@@ -118,7 +123,8 @@ def learning_rate(
     """Function step -> learning rate that the update of this step uses (first step is 0).
 
     Default: linear from `warmup_lr` to `peak` over the warm-up, then cosine or linear to `min_lr`
-    at the last step.
+    at the last step; constant stays at the peak until `cooldown` before the end, then goes there
+    linearly (warmup-stable-decay).
     With `original_warmup`: the stairs of SIMLA / ALBEF (see `original_learning_rate`).
     """
     warmup = steps(schedule.warmup, epoch_steps=epoch_steps, batch=batch, total=total)
@@ -128,6 +134,7 @@ def learning_rate(
             schedule, peak, step, epoch_steps, epochs, stairs=round(warmup / 100)
         )
     warmup = min(warmup, total)
+    cooldown = steps(schedule.cooldown, epoch_steps=epoch_steps, batch=batch, total=total)
 
     if schedule.sched == "rocket":
         return lambda step: rocket_learning_rate(schedule, peak, step, warmup, total)
@@ -140,7 +147,10 @@ def learning_rate(
         if step < warmup:
             return schedule.warmup_lr + (peak - schedule.warmup_lr) * step / warmup
         if schedule.sched == "constant":
-            return peak
+            left = max(0, total - 1 - step)
+            if left >= cooldown:
+                return peak
+            return schedule.min_lr + (peak - schedule.min_lr) * left / cooldown
         done = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
         factor = 0.5 * (1 + math.cos(math.pi * done)) if schedule.sched == "cosine" else 1 - done
         return schedule.min_lr + (peak - schedule.min_lr) * factor

@@ -112,6 +112,24 @@ def test_dropout_is_active_in_training_alone():
     torch.testing.assert_close(model.logits(image), tiny().eval().logits(image))
 
 
+def test_stochastic_depth_leaves_samples_out_of_branches_in_training():
+    """timm's rule: the rate rises linearly from 0 to that of the last block; the branches of samples
+    that stay are divided by their probability."""
+    model = tiny(model="vit-xs/8", drop_path=0.3).train()
+    rates = [block.drop_path for block in model.blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
+    block, x = model.blocks[-1], torch.randn(400, 3, 128)
+    block.drop_path = 0.5
+    torch.nn.init.zeros_(block.mlp.fc2.weight)
+    torch.nn.init.zeros_(block.mlp.fc2.bias)
+    update = block.attn(block.norm1(x))[0]
+    whole = block(x) - x
+    left_out = (whole == 0).flatten(1).all(1)
+    assert 150 < left_out.sum() < 250
+    torch.testing.assert_close(whole[~left_out], 2 * update[~left_out], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(block.eval()(x) - x, update, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

@@ -396,6 +396,16 @@ def test_views():
     exact = ViTTrainView(16, ViTViews(flip=False), exact=True)
     assert exact(image).dtype == torch.float32
     assert ViTEvalView(16, resize_small=20)(image).shape == (3, 16, 16)
+    whole = {"crop_area": (1.0, 1.0), "crop_aspect": (1.0, 1.0), "flip": False}
+    grey = torch.full((3, 40, 40), 7, dtype=torch.uint8)
+    for exact in (False, True):  # random erasing: noise in one rectangle of 2 to 33 % of the area
+        view = ViTTrainView(40, ViTViews(**whole, erase=1.0), exact)(grey)
+        rows, columns = (view != 7).any(0).nonzero().unbind(1)
+        box = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
+        assert 0.015 * 1600 < box < 0.36 * 1600 and len(rows) > 0.9 * box and view.max() > 100
+        assert view.dtype == (torch.float32 if exact else torch.uint8)
+    never = ViTTrainView(40, ViTViews(**whole))(grey)
+    assert (never == 7).all()
     with pytest.raises(UserError, match="at least 16"):
         ViTEvalView(16, resize_small=10)
     with pytest.raises(UserError, match="policy 'auto' is unknown"):

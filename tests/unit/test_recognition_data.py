@@ -355,11 +355,12 @@ def test_training_passes_over_images_without_nouns(tmp_path, monkeypatch, tokeni
     labelled_shard(tmp_path, monkeypatch)
     sequences = Sequences(tokenizer, 80)
     shards = [str(tmp_path / "nouns")]
-    data = SimpleNamespace(
-        train_list=[], image_root=tmp_path, shards=shards, samples=[], shuffle_buffer=10, exif=False
-    )
+    options = {"shards": shards, "samples": [], "shuffle_buffer": 10, "weights": [], "exif": False}
+    data = SimpleNamespace(train_list=[], image_root=tmp_path, **options)
     stream = training_stream(ImageView(16), sequences, data, captions=False)
     assert len(stream) == 2
+    mixed = SimpleNamespace(**vars(data) | {"shards": [*shards, *shards], "weights": [1.0, 3.0]})
+    assert training_stream(ImageView(16), sequences, mixed, False).shares == [0.25, 0.75]
     loader = StreamLoader(stream, 2, workers=0)
     for _ in range(4):
         assert len(next(loader)["image"]) == 2

@@ -95,6 +95,10 @@ def test_a_training_without_an_update_is_refused(duration):
 def test_constant_and_linear_shapes():
     constant = learning_rate(Schedule(sched="constant", warmup="0 steps"), 1e-3, total=50, **SIZES)
     assert {constant(step) for step in range(50)} == {1e-3}
+    cooled = Schedule(sched="constant", warmup="10%", warmup_lr=0.0, cooldown="40%", min_lr=0.2)
+    at = learning_rate(cooled, 1.0, total=11, **SIZES)
+    expected = [0, 0.5, 1, 1, 1, 1, 0.84, 0.68, 0.52, 0.36, 0.2]
+    assert [at(step) for step in range(12)] == pytest.approx([*expected, 0.2])
     linear = learning_rate(
         Schedule(sched="linear", warmup="0 steps", min_lr=0.0), 1.0, total=11, **SIZES
     )
@@ -134,7 +138,7 @@ def test_original_schedule_equals_the_originals_at_every_change():
                 assert at(step) == pytest.approx(change["lr"], rel=1e-9), (name, step)
 
 
-@pytest.mark.parametrize("name", ["duration", "warmup"])
+@pytest.mark.parametrize("name", ["duration", "warmup", "cooldown"])
 @pytest.mark.parametrize("slip", ["10 stepps", "-3 steps", "five epochs", ""])
 def test_a_slip_in_a_duration_shows_before_any_data_are_read(name, slip):
     with pytest.raises(UserError, match="duration"):

@@ -52,17 +52,16 @@ from models.layers.average import WeightAverage
 from models.layers.batchnorm import synchronise_batch_norm
 from models.weights.vit_facts import load_agreeing
 from runtime.checkpoint import export_safetensors, read_weights, weights_file
+from runtime.config.classification import ClassificationRunConfig
 from runtime.config.cli import knob, run_script, section
 from runtime.config.from_checkpoint import description_of
-from runtime.optim.build import Optimizer, Precision, set_learning_rate
-from runtime.optim.schedule import Schedule
-from runtime.options import RunConfig, StreamConfig, ValidationConfig
+from runtime.optim.build import Precision, set_learning_rate
 from runtime.parallel import gradient_sync, whole_model
 from runtime.run import Run, evaluating, seed_everything
 
 
 @dataclass
-class Config(StreamConfig, ValidationConfig, RunConfig):
+class Config(ClassificationRunConfig):
     """Classification."""
 
     OF_CHECKPOINT = ("network", "views.resize_small", "classes", "multi_label")
@@ -85,13 +84,6 @@ class Config(StreamConfig, ValidationConfig, RunConfig):
     views: ViTViews = section(ViTViews, flat=True)
     mixup_alpha: float = knob(0.0, "mixup with ratios from Beta(alpha, alpha); 0 = none", low=0)
     cutmix_alpha: float = knob(0.0, "CutMix likewise; with mixup each takes half of a batch", low=0)
-    # the optimisation
-    batch_size: int = knob(64, "images per process and micro-batch", low=1)
-    batch_size_test: int = knob(64, "images per forward pass in evaluation", low=1)
-    optimizer: Optimizer = section(Optimizer, flat=True, lr=1e-3, clip_grad_norm=1.0)
-    scheduler: Schedule = section(
-        Schedule, flat=True, duration="8 epochs", min_lr=0.0, warmup_lr=0.0, warmup="500 steps"
-    )
 
     def check(self) -> None:
         """Check that the options are compatible."""

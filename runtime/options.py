@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from base.knobs import knob
 from base.limits import WORKERS
+from runtime.config.old_names import TRAINER
 
 COMPILE_MODES = ("default", "blocks", "reduce-overhead", "max-autotune")
 
@@ -19,6 +20,7 @@ def starts_over(resume: str) -> bool:
 class RunConfig:
     """The run."""
 
+    NEW_NAMES = TRAINER
     given: ClassVar[frozenset[str]] = frozenset()  # paths of what files and flags set, by `parse`
 
     output_dir: Path = knob(

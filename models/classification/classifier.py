@@ -23,7 +23,7 @@ from base.errors import UserError
 from base.knobs import check_choices, knob
 from base.limits import CLASSES, SIDE, WIDTH
 from base.memory import build_fitting
-from base.names import nearest
+from base.names import did_you_mean
 from base.pixels import STATISTICS
 from models.layers.vit import ViT, ViTConfig
 
@@ -113,10 +113,8 @@ class ClassifierConfig:
         """Geometry of the transformer. Raises UserError for an unknown model."""
         match = re.fullmatch(r"vit-([a-z]+)/(\d+)", self.model.lower())
         if match is None or match[1] not in SIZES or not int(match[2]):
-            known = [f"vit-{size}/{patch}" for size in SIZES for patch in (8, 14, 16, 32)]
-            near = nearest(self.model.lower(), known, 0)
             raise UserError(
-                f"model {self.model!r} is unknown; did you mean {near}? "
+                f"model {self.model!r} is unknown{self.near_model()} "
                 f"The form is vit-<{'|'.join(SIZES)}>/<patch size>, with any patch size"
             )
         width, depth, heads = SIZES[match[1]]
@@ -134,6 +132,12 @@ class ClassifierConfig:
             stem=tuple(self.stem),
             stem_statistics=True,
         )
+
+    def near_model(self) -> str:
+        """The model that was probably meant, as the end of a sentence; timm's ViTs by their own names."""
+        name = re.sub(r"^vit_([a-z])(i?)\w*?_patch(\d+).*", r"vit-\1\2/\3", self.model.lower())
+        known = [f"vit-{size}/{patch}" for size in SIZES for patch in (8, 14, 16, 32)]
+        return did_you_mean(name, known) or "; other networks than plain ViTs are not here."
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

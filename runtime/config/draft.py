@@ -61,6 +61,9 @@ class Draft:
     def _put(self, key: str, value: Any, place: Place) -> None:
         path = self.schema.find(key)
         typed = flag if place is at_flag else str
+        new_names = getattr(self.schema.sections[""], "NEW_NAMES", {})
+        if here := new_names.get(key.replace("-", "_")):  # before a section's name of old
+            raise UserError(f"unknown key; here it is {here}")
         if path is None:
             raise UserError(f"unknown key; {self.hint(key, typed)}")
         if path in self.schema.knobs:
@@ -77,9 +80,6 @@ class Draft:
 
     def hint(self, key: str, typed: Callable[[str], str]) -> str:
         """What to write instead of an unknown key."""
-        new_names = getattr(self.schema.sections[""], "NEW_NAMES", {})
-        if here := new_names.get(key.replace("-", "_")):
-            return f"here it is {here}"
         near = self.schema.nearest(key)
         return f"did you mean {typed(near)}?" if near else "see --help"
 

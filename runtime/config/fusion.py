@@ -12,7 +12,7 @@ from runtime.checkpoint import read_weights
 from runtime.config import originals
 from runtime.config.cli import knob, section
 from runtime.config.networks import Geometry, fill_geometry
-from runtime.config.old_names import FINE_TUNING
+from runtime.config.old_names import FINE_TUNING, FLAGS_OF_FINE_TUNING
 from runtime.optim.build import Optimizer, Precision
 from runtime.optim.schedule import Plan, Schedule
 from runtime.options import RunConfig, ValidationConfig
@@ -59,6 +59,7 @@ class FineTuneConfig(Geometry, ValidationConfig, RunConfig):
     scheduler: Schedule = fine_tuning_schedule(duration="5 epochs", warmup="100 steps")
 
     IGNORED = FINE_TUNING
+    NEW_NAMES = FLAGS_OF_FINE_TUNING
     translate = staticmethod(originals.fine_tuning)
 
     def alpha_at(self, step: int, plan: Plan) -> float:

@@ -10,7 +10,7 @@ from base.knobs import knob, restated
 from base.limits import BLOCKS, QUEUE, SIDE, WIDTH
 from runtime.config import originals
 from runtime.config.from_checkpoint import take_from_checkpoint
-from runtime.config.old_names import PRETRAINING
+from runtime.config.old_names import FLAGS_OF_PRETRAINING, PRETRAINING
 
 SIMLA_BERT, ALBEF_BERT = Path("configs/shared_bert.json"), Path("configs/config_bert.json")
 
@@ -20,6 +20,7 @@ class FusionNetworks:
     """The networks."""
 
     IGNORED = PRETRAINING
+    NEW_NAMES = FLAGS_OF_PRETRAINING
     OLD_NAMES = ("from_scratch",)
     translate = staticmethod(originals.pretraining)
 

@@ -77,7 +77,13 @@ def recipe_of(path: str | Path) -> str | None:
 
 
 def blip_hint(path: str | Path, values: Mapping) -> str | None:
-    """What to train in place of a BLIP; None where the `values` of a file are not those of one."""
+    """What to train in place of a BLIP or by LAVIS; None where the `values` of a file are of neither."""
+    model = values.get("model")
+    if isinstance(model, Mapping) and "arch" in model and "run" in values:
+        return (
+            f"a configuration of LAVIS ({model['arch']}); start from ALBEF's recipe in configs/ and give "
+            "what differs as flags: docs/COMING_FROM.md has those of its run section"
+        )
     if "vit_grad_ckpt" not in values:
         return None
     recipe = CONFIGS.get(Path(path).name.lower())

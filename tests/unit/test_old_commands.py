@@ -145,6 +145,12 @@ def test_a_configuration_of_blip_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"of BLIP, .* is configs/Retrieval/coco\.yaml$") as error:
         parse(main.Config, ["--config", str(tmp_path / "retrieval_coco.yaml")])
     assert "\n" not in str(error.value)
+    (tmp_path / "ret.yaml").write_text("model: {arch: albef_retrieval}\nrun: {init_lr: 1e-5}\n")
+    with pytest.raises(
+        ValueError, match=r"of LAVIS \(albef_retrieval\); start from ALBEF"
+    ) as error:
+        parse(main.Config, ["--config", str(tmp_path / "ret.yaml")])
+    assert "\n" not in str(error.value)
 
 
 def test_a_file_of_the_user_is_taken_for_itself(tmp_path):
@@ -161,18 +167,45 @@ def test_every_script_takes_image_root(name, key):
 
 
 @pytest.mark.parametrize(
-    ("script", "name"),
-    [("main", name) for name in old_names.FLAGS_OF_MAIN]
-    + [("Recognition", name) for name in old_names.FLAGS_OF_NXTP],
+    "script, names",
+    [
+        ("main", old_names.FLAGS_OF_MAIN),
+        ("Recognition", old_names.FLAGS_OF_NXTP),
+        ("Classification", old_names.FLAGS_OF_VIT),
+        ("Pretrain", old_names.FLAGS_OF_PRETRAINING),
+        ("VQA", old_names.FLAGS_OF_FINE_TUNING),
+        ("Retrieval", old_names.FLAGS_OF_FINE_TUNING),
+    ],
 )
-def test_flags_of_other_code_bases_name_the_options_here(script, name):
+def test_flags_of_other_code_bases_name_the_options_here(script, names):
     config = importlib.import_module(script).Config
-    here = config.NEW_NAMES[name]
-    with pytest.raises(ValueError, match=re.escape(f"unknown key; here it is {here}")):
-        parse(config, [f"--{name.replace('_', '-')}", "x"])
-    another = re.match(r"(\w+)\.py ", here)  # the script that has the option
-    options = Schema(importlib.import_module(another[1]).Config if another else config)
-    assert all(options.find(flag) for flag in re.findall(r"--([a-z][\w-]*)", here))
+    assert config.NEW_NAMES is names
+    schema = Schema(config)
+    with pytest.raises(ValueError) as error:
+        parse(config, [word for name in names for word in (f"--{name.replace('_', '-')}", "x")])
+    said = str(error.value).splitlines()
+    for name, here in names.items():
+        assert schema.find(name) not in schema.knobs, f"{name} is an option here, too"
+        assert f"  --{name.replace('_', '-')}: unknown key; here it is {here}" in said
+        flags = re.findall(r"--([a-z][\w-]*)", here.partition(" (its")[0])
+        assert all(schema.find(flag) for flag in flags), (name, here)
+
+
+def test_a_warm_up_in_epochs_is_not_taken_for_simlas_stairs(tmp_path):
+    """timm's --warmup-epochs counts epochs; SIMLA's and ALBEF's key of that name, stairs of 100
+    updates, is for their own scripts, and for files of old runs inside of the section."""
+    import Classification
+
+    data = ["--train-data", "x"]
+    for script in ("Classification", "Recognition"):
+        config = importlib.import_module(script).Config
+        with pytest.raises(ValueError, match="warmup-epochs: unknown key; here it is --warmup"):
+            parse(config, [*data, "--warmup-epochs", "5"])
+    (tmp_path / "old.yaml").write_text(
+        "scheduler: {warmup_epochs: 20, original_warmup: false, decay_rate: 1}\n"
+    )
+    config = parse(Classification.Config, [*data, "--config", str(tmp_path / "old.yaml")])
+    assert not config.scheduler.original_warmup and config.scheduler.warmup == "500 steps"
 
 
 def test_a_batch_that_is_no_number_is_named_as_left_out():

@@ -114,7 +114,7 @@ def training_data(config: Config, tokenizer, world: World, state: dict | None) -
 def build_model(config: Config) -> DualEncoder:
     """The network on the CPU with its initial weights and, for BYOLIP, its `momentum_model`."""
     model = build_dual(config.network)
-    start_towers(model, read_weights, config.lock, load=config.checkpoint is None)
+    start_towers(model, read_weights, config.lock, load=config.loads_published)
     if config.init_text_encoder:
         load_text_transformer(model, read_weights(config.init_text_encoder))
     if config.checkpoint:

@@ -38,6 +38,9 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
     init_text_encoder: Path | None = knob(
         None, "checkpoint to take the text transformer's blocks", rare=True
     )
+    random_weights: bool = knob(
+        False, "a library's network or towers begin without the published weights", rare=True
+    )
     lock: list[str] = knob(
         [],
         "towers with weights of a library that are not trained (LiT)",
@@ -72,8 +75,15 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
         """Check that the options are compatible."""
         if self.evaluate and not (self.checkpoint and self.val_folder):
             raise UserError("--evaluate needs --checkpoint and --val-folder")
+        if self.random_weights and (self.lock or self.checkpoint or self.network.tower_classes):
+            raise UserError("--random-weights excludes --checkpoint, --lock and --tower-classes")
         if not self.evaluate and self.batch_size < 2:
             raise UserError("--batch-size 1: a pair alone has no contrast; train with 2 or more")
+
+    @property
+    def loads_published(self) -> bool:
+        """Whether networks of libraries begin with the weights that these publish."""
+        return self.checkpoint is None and not self.random_weights
 
     @property
     def scheduler(self) -> Schedule:

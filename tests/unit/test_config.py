@@ -759,7 +759,7 @@ def test_help_shows_what_the_method_uses(capsys):
         ("--steps", "--max-steps"),
         ("--step", "--max-steps"),
         ("--batch", "--batch-size"),
-        ("--num-workers", "--workers"),
+        ("--worker", "--workers"),
     ],
 )
 def test_an_unknown_flag_suggests_the_option_that_has_its_words(flag, meant):

@@ -223,3 +223,22 @@ def test_weights_that_do_not_fit(model, state, message):
 def test_a_tokenizer_that_does_not_fit():
     with pytest.raises(UserError, match=r"token_embedding.weight \[50, 64\] instead of \[60, 64\]"):
         load_any_layout(build("ViT-S-8", vocab_size=60), published("ViT-S-8").state_dict(), {})
+
+
+def test_networks_of_a_library_may_begin_at_random(monkeypatch):
+    """open_clip's architectures are pre-trained, too; the published weights are not read then."""
+    import main
+    from models.layers.library_towers import TimmTower
+    from runtime.config.cli import parse
+
+    read = []
+    monkeypatch.setattr(TimmTower, "load", lambda self, read_weights: read.append(self.name))
+    words = ["--model", "CLIP_VITT8_CLIP", "--image-tower", "timm/test_vit", "--text-width", "32"]
+    words += ["--transformer-layers", "1", "--vocab-size", "50"]
+    for more, expected in (["--random-weights"], []), ([], ["test_vit"]):
+        model = main.build_model(parse(main.Config, [*words, *more]))
+        assert isinstance(model.visual, TimmTower) and read == expected
+    for more in (["--lock", "image"], ["--checkpoint", "f.pt"], ["--tower-classes", "names.txt"]):
+        config = [*words, "--random-weights", *more]
+        with pytest.raises(UserError, match="--random-weights excludes"):
+            parse(main.Config, config)

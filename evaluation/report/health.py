@@ -21,7 +21,10 @@ def health_page(
     tables: (title, head, rows). problems: (problem, examples), an example an image's file, where
     there is one, and a text. groups: (title, groups of examples that are duplicates).
     """
-    sections = [page.card(name, page.table(head, rows)) for name, head, rows in tables]
+    sections = []
+    for name, head, rows in tables:
+        shown = page.table(head, rows) if rows else page.bold("nothing wrong")
+        sections.append(page.card(name, shown))
     for problem, examples in problems:
         shown = [_example(*example) for example in examples[:SHOWN]]
         sections.append(page.card(problem, page.group("cases", shown)))

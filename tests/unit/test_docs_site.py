@@ -1,5 +1,6 @@
 """The documentation builds as one site, with every page in it and no dead link."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -30,6 +31,21 @@ def test_the_site_builds_with_strict_links_and_every_page(tmp_path):
     api = (tmp_path / "API/index.html").read_text()
     assert "open_dual" in api and "atomic_write" in api
     assert "https://fonts" not in home
+
+
+def test_docstrings_of_the_api_name_elements_of_html_as_code():
+    """Written bare, they would be elements of the page, which nobody reads."""
+    names = re.findall(r"^::: (\S+)", (ROOT / "docs/API.md").read_text(), flags=re.MULTILINE)
+    assert len(names) > 20
+    bare = []
+    for name in names:
+        tree = ast.parse((ROOT / f"{name.replace('.', '/')}.py").read_text())
+        for node in ast.walk(tree):
+            documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            text = (ast.get_docstring(node) if documented else "") or ""
+            text = re.sub(r"^ {4}.*|`[^`]*`", "", text, flags=re.MULTILINE)  # code
+            bare += [(name, tag) for tag in re.findall(r"</?[a-z][a-z0-9]*>", text)]
+    assert not bare
 
 
 def test_a_dead_link_is_an_error(tmp_path):

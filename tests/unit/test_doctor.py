@@ -296,7 +296,9 @@ def test_the_command_line_takes_the_data_first(tmp_path):
     (tmp_path / "a.jpg").write_bytes(jpeg(scene(1)))
     (tmp_path / "p.csv").write_text("filepath,title\na.jpg,a scene\n")
     flags = [tmp_path / "p.csv", "--image-root", tmp_path, "--workers", "1"]
+    flags += ["--page", tmp_path / "page.html"]
     assert "nothing wrong" in run_script("scripts/doctor.py", flags)
+    assert "nothing wrong" in (tmp_path / "page.html").read_text()
 
 
 # ---- classes

@@ -129,6 +129,33 @@ def test_the_quickstart_calls_scripts_as_they_are(tmp_path, monkeypatch):
     assert configs["scripts.train_dvae"].output_dir == simla.image_tokenizer_path
 
 
+OF_OTHERS = {  # section of COMING_FROM.md -> script whose options its last column names
+    "open_clip": "main",
+    "transformers: run_clip.py and the Trainer": "main",
+    "BLIP and LAVIS": "Retrieval",
+    "timm": "Classification",
+}
+
+
+def test_options_that_replace_those_of_other_code_bases_are_options():
+    """Each of its script, or of the one that its cell names before."""
+    sections = re.split(r"^## ", (ROOT / "docs/COMING_FROM.md").read_text(), flags=re.MULTILINE)
+    found = 0
+    for title, _, text in (section.partition("\n") for section in sections):
+        for line in text.splitlines() if title in OF_OTHERS else ():
+            here = line.split(" | ")[-1] if line.startswith("| ") else line
+            named = re.search(r"([\w/]+)\.py\b", here)
+            is_ours = named and (ROOT / f"{named[1]}.py").is_file()
+            module = module_of(f"{named[1]}.py" if is_ours else f"{OF_OTHERS[title]}.py")
+            if not hasattr(module, "Config"):  # a tool, whose commands are tried as a whole
+                continue
+            schema = Schema(module.Config)
+            for flag in FLAG.findall(" ".join(re.findall(r"`([^`]+)`", here))):
+                found += 1
+                assert schema.find(flag[2:]), (title, flag)
+    assert found > 100
+
+
 def test_enough_commands_are_found():
     assert sum(map(len, COMMANDS.values())) > 200
 

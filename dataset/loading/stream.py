@@ -14,6 +14,7 @@ from base.errors import BadSample, UserError
 from dataset.images.decode import load_decoder, reading
 from dataset.loading.randomness import generators_kept, mix, permuted, seed_generators
 from dataset.loading.workers import signals_held, worker_init
+from dataset.tasks.record import name_of
 
 COUNTS = ("bad", "missing", "truncated")  # of samples, in the position of a worker
 EARLY = "the image ends early; its missing rows are grey"
@@ -188,7 +189,7 @@ class Stream:
                 lost = error.lost or 1
                 position["bad"][number] += lost
                 position["missing"][number] += lost - 1
-                dropped.append(f"{source.name}: {error}")
+                dropped.append(f"{source.name}: {_named(record, error)}")
             if len(dropped) >= max(batch_size, min(ENOUGH, len(self))):
                 raise UserError(too_many(dropped, len(dropped), len(dropped) + len(samples)))
         seed_generators(batch_seed)
@@ -434,6 +435,12 @@ class _Slots(IterableDataset):
             # handed over as a value: raising it here would bury the message in a traceback
             while True:
                 yield error, slot, positions[slot], [], []
+
+
+def _named(record: dict | BadSample, error: BadSample) -> str:
+    """What is wrong with a record, which it names: its key in a shard, its image, or its number."""
+    named = "" if isinstance(record, BadSample) else name_of(record)
+    return str(error) if named in str(error) else f"{named}: {error}"
 
 
 def too_many(listed: list[str], bad: int, drawn: int) -> str:

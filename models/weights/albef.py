@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from base.distributed import say
-from base.errors import UserError
+from base.errors import UnfitWeights, UserError
 from base.hub import from_hub
 from base.reading import read_json
 from base.torch_files import find_index, read_index, read_tensors
@@ -55,7 +55,7 @@ def checkpoint_kind(state: State) -> str:
     """
     tables = [state[name] for name in WORDS if name in state]
     if any(len(table) == BLIP_VOCABULARY for table in tables):
-        raise UserError(
+        raise UnfitWeights(
             "a checkpoint of BLIP, whose text encoder fuses in every layer and knows two tokens "
             "more than ALBEF's: evaluate BLIP with eval_zeroshot.py --model "
             "hf/Salesforce/blip-itm-base-coco"
@@ -74,7 +74,7 @@ def checkpoint_kind(state: State) -> str:
         return "vit"
     if any(key.endswith("embeddings.word_embeddings.weight") for key in state):
         return "bert"
-    raise UserError(f"a checkpoint of no known kind; its first keys are {some(list(state))}")
+    raise UnfitWeights(f"a checkpoint of no known kind; its first keys are {some(list(state))}")
 
 
 # ---- renames, one at a time

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from base.errors import UserError
+from base.errors import UnfitWeights, UserError
 from base.libraries import dual_inputs, of_library
 from base.pixels import (
     ALIGN_MARGIN,
@@ -110,7 +110,7 @@ def open_dual(
     stated = {"mean": mean, "std": std} if mean and std else {}
     weights = unwrap_names(weights)
     if "itm_head.weight" in weights and any(key.startswith("text_encoder.") for key in weights):
-        raise UserError(
+        raise UnfitWeights(
             "a checkpoint of ALBEF, SIMLA or BLIP: evaluate the first two with Retrieval.py --evaluate "
             "(their images alone with eval_knn.py or scripts/embed.py --texts no), BLIP with --model "
             "hf/FOLDER (transformers' layout)"
@@ -129,8 +129,8 @@ def open_dual(
     if keys & {"image_projection", "image_projector.weight", "image_projector.layer1.weight"}:
         return _with_pixels(_rocket(weights, about, name), stated)
     if any(key.startswith("image_mlp.") for key in keys):
-        raise UserError("a SimCLR checkpoint has no text encoder; evaluate it with eval_knn.py")
-    raise UserError(
+        raise UnfitWeights("a SimCLR checkpoint has no text encoder; evaluate it with eval_knn.py")
+    raise UnfitWeights(
         f"a checkpoint of no known dual encoder; its first keys are {', '.join(list(weights)[:8])}"
     )
 
@@ -169,7 +169,7 @@ def _rocket(weights: State, about: Mapping[str, Any], name: str | None) -> Opene
     elif name in model_names():
         config = config_of_shapes(weights, name)
     else:
-        raise UserError(
+        raise UnfitWeights(
             "the checkpoint holds weights alone, which do not tell the model: add --model, such as CL2L_R50_CL2L, or "
             "keep the run's config.yaml beside the file"
         )
@@ -216,7 +216,7 @@ def _align(weights: State, about: Mapping[str, Any], name: str | None) -> Opened
 def check_same(name: str | None, config: DualConfig) -> None:
     """UserError where the user names another model than the checkpoint's."""
     if name not in (None, config.model):
-        raise UserError(
+        raise UnfitWeights(
             f"--model {name}, but the checkpoint is a {config.model}: leave --model out"
         )
 
@@ -236,7 +236,7 @@ def config_of_shapes(weights: State, name: str) -> DualConfig:
     heads of 64."""
     context, width = weights["positional_embedding"].shape
     if width != 512:
-        raise UserError(
+        raise UnfitWeights(
             f"weights alone do not tell the number of heads of a text transformer of width {width}: keep the "
             "run's config.yaml beside the file"
         )
@@ -301,7 +301,7 @@ def named_pixels(name: str | None) -> dict[str, Any]:
     if len(found) == 1:
         mean, std = found.pop()
         return {"mean": mean, "std": std}
-    raise UserError(
+    raise UnfitWeights(
         "these weights do not tell mean and std of their pixels: state them, such as --mean 0.5 0.5 "
         "0.5 --std 0.5 0.5 0.5, or name the weights, such as --model open_clip/ViT-L-14:TAG, or keep "
         "open_clip_config.json (of Hugging Face: preprocessor_config.json) beside the file"
@@ -313,7 +313,7 @@ def _activation(weights: State, about: Mapping[str, Any], name: str | None) -> s
     if stated := stated_activation(weights, about):
         return stated
     if name is None or "_" in name:
-        raise UserError(
+        raise UnfitWeights(
             "these weights do not tell their activation: add --model ViT-B/32 (OpenAI's spelling: quick_gelu), "
             "ViT-B-32-quickgelu (the same) or ViT-B-32 (open_clip's without -quickgelu: gelu), or keep "
             "open_clip_config.json beside the file"
@@ -327,7 +327,7 @@ def _hugging_face(
     described = about.get("config.json", {})
     images = about.get("preprocessor_config.json", {})
     if name is None and not described:
-        raise UserError(
+        raise UnfitWeights(
             "a Hugging Face CLIP without its config.json: keep it beside the weights, or add --model ViT-B/32"
         )
     activation = clip_activation(described) or _activation({}, {}, name)
@@ -359,14 +359,14 @@ def check_open_clip_heads(settings: Mapping[str, Any], shape: OpenAIConfig) -> N
     this shape have."""
     width, given = shape.text.width, text_heads(settings)
     if given not in (None, shape.text.heads):
-        raise UserError(
+        raise UnfitWeights(
             f"open_clip_config.json: a text transformer of width {width} with {given} heads is not "
             f"supported; {OPEN_CLIP_FOLDER}"
         )
     vision = settings.get("vision_cfg")
     width, given = shape.vision_width, vision.get("head_width", 64) if vision else None
     if given and not shape.is_resnet and given * shape.vision_heads != width:
-        raise UserError(
+        raise UnfitWeights(
             f"open_clip_config.json: a vision transformer of width {width} with heads of {given} is "
             f"not supported; {OPEN_CLIP_FOLDER}"
         )
@@ -413,7 +413,7 @@ def _opened(model: OpenAICLIP, title: str, pixels: Mapping[str, Any], name: str 
     if name is not None:
         named = openai_model(name.removesuffix("-quickgelu"))
         if named.vision_layers != config.vision_layers:
-            raise UserError(
+            raise UnfitWeights(
                 f"--model {name}, but the checkpoint is another network: leave --model out or name "
                 "the right one"
             )
@@ -443,7 +443,7 @@ def _timm_open_clip(
     timm_name = settings.get("vision_cfg", {}).get("timm_model_name")
     backbone = next((ours for ours, theirs in TIMM_NAMES.items() if theirs == timm_name), None)
     if name is None and backbone is None:
-        raise UserError(
+        raise UnfitWeights(
             f"an open_clip model with the timm tower {timm_name or '(unknown)'}: keep open_clip_config.json beside "
             f"the file, or add --model CLIP_<{'|'.join(TIMM_NAMES)}>_<CLIP|SIGLIP>; others are not supported"
         )

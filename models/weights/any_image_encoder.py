@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from base.errors import UserError
+from base.errors import UnfitWeights, UserError
 from base.pixels import IMAGENET, OPENAI, Pixels, timm_statistics
 from models.classification.classifier import SIZES, ClassifierConfig, VisionClassifier
 from models.dual_encoder.config import DualConfig
@@ -153,7 +153,7 @@ def config_of_weights(weights: State, name: str | None = None) -> dict[str, Any]
     width, depth, patch = sizes["width"], sizes["depth"], sizes["patch_size"]
     size = next((size for size, each in SIZES.items() if each[:2] == (width, depth)), None)
     if name is None and size is None:
-        raise UserError(
+        raise UnfitWeights(
             f"a vision transformer of width {width} with {depth} blocks is none of "
             f"vit-{'|'.join(SIZES)}; evaluate it with --model timm/NAME or hf/FOLDER"
         )

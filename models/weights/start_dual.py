@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from base.distributed import say
-from base.errors import UserError
+from base.errors import UnfitWeights
 from base.pixels import IMAGENET, OPENAI, RGB, processor_statistics
 from base.torch_files import unwrap_names
 from models.dual_encoder.base import NOT_LOADED, DualEncoder
@@ -83,10 +83,10 @@ def load_any_layout(
     plain = text_at_root(state)
     is_openai = any(name in plain for name in IMAGE_HEADS) and "text_projection" in plain
     if is_openai != isinstance(model, OpenAICLIP):
-        raise UserError(mismatch(model, plain if is_openai else None))
+        raise UnfitWeights(mismatch(model, plain if is_openai else None))
     if is_openai:
         if activation not in (None, model.config.text.activation):
-            raise UserError(
+            raise UnfitWeights(
                 f"--model {model.options.model} computes {model.config.text.activation}, but the "
                 f"checkpoint was trained with {activation}; {mismatch(model, plain)}"
             )
@@ -118,7 +118,7 @@ def check_beside_timm(settings: Mapping[str, Any], ours: DualConfig) -> None:
     for name, value in trained.items():
         if value not in (None, getattr(ours, name)):
             option = f"--{name.replace('_', '-')} {value}"
-            raise UserError(
+            raise UnfitWeights(
                 f"open_clip_config.json: these weights are of {name} {value}: add {option}"
             )
 
@@ -136,7 +136,7 @@ def check_pixels(about: Mapping[str, Any], ours: tuple[RGB, RGB], evaluates: boo
         f"these weights know pixels of mean {given[0]} and std {given[1]}, not {ours[0]}, {ours[1]}"
     )
     if evaluates:
-        raise UserError(f"{what}: evaluate them with eval_zeroshot.py")
+        raise UnfitWeights(f"{what}: evaluate them with eval_zeroshot.py")
     say(f"note: {what}, by which images are normalised here")
 
 
@@ -145,7 +145,7 @@ def check_layout(state: State) -> None:
     names = list(state)
     heads = ("vision_model.head.", "visual.attn_pool.", "visual.trunk.attn_pool.")
     if any(name.startswith(heads) for name in names):
-        raise UserError(
+        raise UnfitWeights(
             "weights of SigLIP: name the library's model that they are of, such as --model "
             "hf/FOLDER or --model open_clip/ViT-B-16-SigLIP --checkpoint FILE, or train a *_SIGLIP "
             "from its image tower: --image-tower timm/vit_base_patch16_siglip_224:FILE"
@@ -181,7 +181,7 @@ def load_openai_names(model: OpenAICLIP, state: State) -> None:
         kept[name] = value
     given = openai_model(model.options.model.removesuffix("-quickgelu"))
     if towers(given) != towers(openai_config(state)):
-        raise UserError(mismatch(model, state))
+        raise UnfitWeights(mismatch(model, state))
     load_checkpoint(model, kept)
 
 

@@ -7,7 +7,7 @@ score differently without a word.
 from collections.abc import Mapping
 from typing import Any
 
-from base.errors import UserError, brief
+from base.errors import UnfitWeights, brief
 from base.pixels import RESAMPLING, processor_statistics
 
 OPEN_FOLDER = "open the folder with --model hf/FOLDER"  # remedies
@@ -36,7 +36,7 @@ def check_stated(
     left out is at the library's default, which ours computes."""
     for name, values in computed.items():
         if name in stated and stated[name] not in values:
-            raise UserError(
+            raise UnfitWeights(
                 f"{where}: {name} is {brief(stated[name])}, and this network computes "
                 f"{brief(values[0])}; {remedy}"
             )

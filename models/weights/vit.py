@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from base.errors import UserError
+from base.errors import UnfitWeights, UserError
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from models.layers.positions import resize_positions
 from models.weights.loading import (
@@ -76,7 +76,7 @@ def vit_kind(state: State) -> str:
     else."""
     for key in ("dist_token", "reg_token", "fc_norm.weight"):
         if key in state:
-            raise UserError(
+            raise UnfitWeights(
                 f"these weights have {key}: another kind of vision transformer than a class token's"
             )
     if "patch_embed.proj.weight" in state:
@@ -85,7 +85,7 @@ def vit_kind(state: State) -> str:
         return "transformers"
     if any(key.removesuffix(VALUE).endswith("class_emb") for key in state):
         return "tensorflow"
-    raise UserError(
+    raise UnfitWeights(
         f"no weights of a vision transformer: the first keys are {', '.join(list(state)[:6])}"
     )
 

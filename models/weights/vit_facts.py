@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from base.distributed import say
-from base.errors import UserError, brief
+from base.errors import UnfitWeights, brief
 from base.libraries import timm_network
 from base.pixels import HALF, IMAGENET, RESAMPLING, RGB, STATISTICS, Pixels, processor_statistics
 from models.classification.classifier import ClassifierConfig, VisionClassifier
@@ -72,7 +72,7 @@ def facts_of(weights: State, about: Mapping[str, Any], stated: VitFacts) -> VitF
     missing = [name for name in options if getattr(found, name) is None]
     if missing:
         asked = ", ".join(options[name] for name in missing)
-        raise UserError(
+        raise UnfitWeights(
             f"these weights do not tell their {', '.join(missing)}: keep config.json and "
             f"preprocessor_config.json beside the file, or state them, such as {asked}, or name the "
             "model of timm they belong to, such as --model timm/vit_small_patch16_224.dino"
@@ -89,7 +89,7 @@ def _check_view(images: Mapping[str, Any]) -> None:
     size = images.get("size")
     shorter = isinstance(size, Mapping) and "shortest_edge" in size
     if size and images.get("do_center_crop") and not shorter:
-        raise UserError(
+        raise UnfitWeights(
             f"preprocessor_config.json: size is {brief(size)} before a centre crop; "
             f"{OPEN_FOLDER}, or state the shorter side, such as --resize 256"
         )
@@ -132,7 +132,7 @@ def load_agreeing(
     check_heads(about, model.options)
     options = differing_options(model.options, weights, about)
     if options and strict:
-        raise UserError(f"these weights were trained otherwise: add {' '.join(options)}")
+        raise UnfitWeights(f"these weights were trained otherwise: add {' '.join(options)}")
     if options:
         say(f"note: the starting weights were trained with {' '.join(options)}")
     return load_vit(model, weights)
@@ -146,7 +146,7 @@ def check_heads(about: Mapping[str, Any], network: ClassifierConfig) -> None:
     if "architecture" in described:
         heads, remedy = timm_facts(timm_described(described))[0], "timm/NAME"
     if heads != network.vit.heads:
-        raise UserError(
+        raise UnfitWeights(
             f"config.json: {heads or 'no'} attention heads, but {network.model} has "
             f"{network.vit.heads}; evaluate it by eval_knn.py --model {remedy}"
         )
@@ -185,7 +185,7 @@ def dinov2_name(weights: State) -> str:
     sizes = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
     width = weights["patch_embed.proj.weight"].shape[0]
     if width not in sizes:
-        raise UserError(f"DINOv2 has no network of width {width}: {', '.join(map(str, sizes))}")
+        raise UnfitWeights(f"DINOv2 has no network of width {width}: {', '.join(map(str, sizes))}")
     registers = "_reg4" if "register_tokens" in weights else ""
     return f"vit_{sizes[width]}_patch14{registers}_dinov2"
 
@@ -238,7 +238,7 @@ def _of_config(described: Mapping[str, Any]) -> VitFacts:
         return VitFacts()
     activation = described.get("hidden_act", "gelu")
     if activation not in ACTIVATIONS:
-        raise UserError(f"config.json: hidden_act {brief(activation)} is not supported")
+        raise UnfitWeights(f"config.json: hidden_act {brief(activation)} is not supported")
     default = 1e-6 if described["model_type"] in ("dinov2", "vit_msn") else 1e-12
     eps = float(described.get("layer_norm_eps", default))
     return VitFacts(activation=ACTIVATIONS[activation], eps=eps)

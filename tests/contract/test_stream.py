@@ -202,7 +202,7 @@ def test_the_budget_ends_the_run_with_a_list(workers):
         take(loader, 500)
     message = str(caught.value)
     assert (
-        "pairs: sample 20 is bad" in message
+        "pairs: entry 20: sample 20 is bad" in message
         and "error budget" in message
         and "per source: pairs" in message
     )

@@ -22,6 +22,7 @@ from models.weights.any_dual_encoder import (
     open_dual,
 )
 from runtime.checkpoint import read_weights
+from runtime.config.cli import with_checkpoint_named
 from runtime.config.from_checkpoint import description_of
 from tests.helpers.clip_toys import TOY
 
@@ -364,7 +365,21 @@ def test_a_tower_of_transformers_alone_is_no_clip():
         open_dual(tower, about)
 
 
-def test_fusion_encoders_are_named():
-    weights = {"itm_head.weight": torch.zeros(2, 4), "text_encoder.x": torch.zeros(1)}
-    with pytest.raises(UserError, match="ALBEF, SIMLA or BLIP: evaluate the first two with Retr"):
-        open_dual(weights, {})
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (
+            ["itm_head.weight", "text_encoder.x"],
+            "ALBEF, SIMLA or BLIP: evaluate the first two with Retr",
+        ),
+        (["image_mlp.layer1.weight"], "a SimCLR checkpoint"),
+        (["blocks.0.attn.qkv.weight"], "no known dual encoder"),
+    ],
+)
+def test_weights_of_others_are_named_with_their_file(names, words):
+    weights = {name: torch.zeros(2, 4) for name in names}
+    with pytest.raises(UserError, match=words) as error:
+        with_checkpoint_named(
+            lambda _: open_dual(weights, {}), argparse.Namespace(checkpoint="a.pt")
+        )
+    assert str(error.value).startswith("a.pt: ")

@@ -217,9 +217,6 @@ def _csv_rows(path: Path, wanted: Wanted) -> Iterator[dict]:
                 _lines(file, path), delimiter=separator, strict=True, skipinitialspace=spaced
             )
             names = [name.strip() for name in next(filter(any, rows), [])]
-            twice = [name for number, name in enumerate(names) if name and name in names[:number]]
-            if twice:
-                raise UserError(f"{path}: two columns are called {twice[0]}; rename one")
             entries = _by_name(names, _readable(rows, separator))
             yield from _entries(path, names, entries, wanted)
     except UnicodeDecodeError as error:
@@ -425,6 +422,11 @@ def columns_of(
     path: Path, names: list[str], required: Sequence[str], columns: dict
 ) -> dict[str, Columns]:
     """Field -> the columns that hold it, of a table with columns of these names. UserError."""
+    twice = [name for number, name in enumerate(names) if name and name in names[:number]]
+    if twice:
+        raise UserError(f"{path}: two columns are called {twice[0]}; rename one")
+    if not names:
+        raise UserError(f"{path}: no columns, it is empty; fetch it again")
     used, unnamed = {}, []
     for field in dict.fromkeys((*required, *columns)):
         if field in columns:
@@ -436,7 +438,8 @@ def columns_of(
     if unnamed:
         listed = ", ".join(names[:12]) or "none"
         address = f"{path}?" + "&".join(f"{field}=COLUMN" for field in unnamed)
-        seen = looks_like(read_start(path)) if path.is_file() else ""
+        of_text = path.is_file() and path.suffix.lower() != ".parquet"
+        seen = looks_like(read_start(path)) if of_text else ""
         missing = f"no column for {' and '.join(unnamed)} (it has {listed}){seen}"
         has_urls = any(name.lower() == "url" or "://" in name for name in names)  # CC3M: no names
         remedy = ""
@@ -509,7 +512,7 @@ def usual_column(field: str, names: list[str], required: Sequence[str] = ()) -> 
 def plain(value: object) -> object:
     """A value that JSON can hold; bytes and dates as text, NaN as null, without bytes in objects (an
     image's)."""
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):  # the second are entries of a map
         return [plain(each) for each in value]
     if isinstance(value, dict):
         return {name: plain(each) for name, each in value.items() if not isinstance(each, bytes)}

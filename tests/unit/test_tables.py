@@ -361,7 +361,7 @@ def test_dual_encoders_read_tables_for_any_collection(tmp_path):
         (b'filepath,title\na.jpg,"x\n' + b"b.jpg,y\n" * 99, "", r"100 of 100 entries"),
         ("filepath,title\n".encode("utf-16-le"), "", r"it looks like UTF-16"),
         (b'filepath,title\na.jpg,"x\n', "", r"row 1: lines 2 to 2: unexpected end of data"),
-        (b"", "", r"no column for image and caption \(it has none\)"),
+        (b"", "", r"no columns, it is empty"),
         (b"filepath,title\n", "", r"no entries|empty"),
     ],
 )
@@ -470,6 +470,24 @@ def test_long_texts_become_pythons_a_few_rows_at_a_time(letters, rows):
 def test_a_column_that_is_there_twice(tmp_path):
     (tmp_path / "t.csv").write_text("image,caption,caption\n0.png,a,b\n")
     with pytest.raises(UserError, match=r"t\.csv: two columns are called caption; rename one"):
+        Records(tmp_path / "t.csv")
+    columns = [pyarrow.array([text]) for text in ("0.png", "a", "b")]
+    names = ["image", "caption", "caption"]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, names), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"t\.parquet: two columns are called caption; rename one"):
+        Records(tmp_path / "t.parquet")
+
+
+def test_entries_of_a_map_are_no_captions(tmp_path):
+    texts = pyarrow.array([[("en", "a dog")]], pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    parquet.write_table(pyarrow.table({"image": ["0.png"], "caption": texts}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"field 'caption' must be texts, not list \(\['en', 'a dog'"):
+        Records(tmp_path / "t.parquet")
+
+
+def test_parquet_under_another_name_is_named(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b"PAR1\x15\x04")
+    with pytest.raises(UserError, match=r"a Parquet file, whose name must end in \.parquet"):
         Records(tmp_path / "t.csv")
 
 

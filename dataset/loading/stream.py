@@ -4,7 +4,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -228,9 +228,11 @@ class StreamLoader:
         samples = batch_size * world.size
         self.steps_per_epoch = len(stream) // samples
         if not self.steps_per_epoch:
+            faults = _faults(stream.sources)
+            unread = f", and {len(faults)} of them cannot be read ({faults[0]})" if faults else ""
             raise UserError(
                 f"a batch of {batch_size} on each of {world.size} ranks needs {samples} samples, "
-                f"but there are only {len(stream)}; lower batch_size or add data"
+                f"but there are only {len(stream)}{unread}; lower batch_size or add data"
             )
         self.stream = stream
         self.batch_size = batch_size
@@ -435,6 +437,14 @@ class _Slots(IterableDataset):
             # handed over as a value: raising it here would bury the message in a traceback
             while True:
                 yield error, slot, positions[slot], [], []
+
+
+def _faults(sources: Sequence) -> list[str]:
+    """What is wrong with samples of a few small sources that cannot even be taken out of a file."""
+    drawn = chain.from_iterable(
+        islice(source.read(0, 0, 1, source.start(0, 0, 1)), len(source)) for source in sources
+    )
+    return [str(record) for _, record, _ in drawn if isinstance(record, BadSample)]
 
 
 def _named(record: dict | BadSample, error: BadSample) -> str:

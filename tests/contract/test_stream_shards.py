@@ -83,6 +83,14 @@ def test_a_cut_shard_is_one_bad_sample(tmp_path, cut):
     assert good == whole[: len(good)] and isinstance(bad, BadSample) and "a.tar" in str(bad)
 
 
+@pytest.mark.parametrize("content", [b"", b"<!doctype html>", bytes(2048)])
+def test_a_file_that_is_no_tar_is_named_where_samples_are_too_few(tmp_path, content):
+    (tmp_path / "0.tar").write_bytes(content)
+    source = ShardSource(find_shards(str(tmp_path)), Build())
+    with pytest.raises(UserError, match=r"only 1, and 1 of them cannot be read \(.*0\.tar: \w"):
+        StreamLoader(stream(source), 2, workers=0)
+
+
 def test_damage_in_the_middle_is_noticed(tmp_path):
     write_shard(tmp_path / "a.tar", range(8))
     data = bytearray((tmp_path / "a.tar").read_bytes())

@@ -1,9 +1,11 @@
 """Processes on this machine that share a list of work. Imports no torch."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -29,6 +31,15 @@ def _start() -> None:
     """The scheduler's signals go to all processes of a task; the first of them decides."""
     end_with_parent()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent.pid != os.getppid():  # a server of multiprocessing, the default since Python 3.14
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
+    """Kill this process when `parent` has ended: the server that forked it waits for it."""
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def in_processes(
@@ -42,8 +53,14 @@ def in_processes(
         yield from map(work, items)
         return
     with ProcessPoolExecutor(min(processes, len(items)), initializer=_start) as pool:
+        # the server that Python 3.14 starts here inherits what is blocked: SIGUSR1 would end it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         try:
-            yield from pool.map(work, items)
+            results = pool.map(work, items)  # starts the processes
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            yield from results
         except BrokenProcessPool:
             raise UserError(
                 "a process was killed, most often because memory ran out; what is finished is "

@@ -192,6 +192,8 @@ def test_lists(tmp_path):
     assert [split.load(i)["labels"] for i in range(4)] == [[0], [1], [2], [0]]
     with pytest.raises(UserError, match=r"entry 2: label 2 is outside the list of 2 classes"):
         training_source(str(file), VIEW, labels(2), [], options(tmp_path))
+    with pytest.raises(UserError, match=r"entry 2: label 2 is outside the list of 2 classes"):
+        Split(str(file), tmp_path, VIEW, labels(2))  # before the training, too
     file.write_text(json.dumps({"url": "a.jpg"}) + "\n")
     with pytest.raises(UserError, match="no field 'labels'"):
         open_records(str(file), tmp_path, "train")

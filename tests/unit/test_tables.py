@@ -480,8 +480,12 @@ def test_a_column_that_is_there_twice(tmp_path):
 
 def test_entries_of_a_map_are_no_captions(tmp_path):
     texts = pyarrow.array([[("en", "a dog")]], pyarrow.map_(pyarrow.string(), pyarrow.string()))
-    parquet.write_table(pyarrow.table({"image": ["0.png"], "caption": texts}), tmp_path / "t.parquet")
-    with pytest.raises(UserError, match=r"field 'caption' must be texts, not list \(\['en', 'a dog'"):
+    parquet.write_table(
+        pyarrow.table({"image": ["0.png"], "caption": texts}), tmp_path / "t.parquet"
+    )
+    with pytest.raises(
+        UserError, match=r"field 'caption' must be texts, not list \(\['en', 'a dog'"
+    ):
         Records(tmp_path / "t.parquet")
 
 

@@ -76,15 +76,17 @@ def test_processes_keep_the_order_and_a_killed_one_is_one_sentence():
 
 
 ENDLESS = """
-import os, sys, time
+import multiprocessing, os, sys, time
 sys.path.insert(0, sys.argv[1])
 from base.processes import in_processes
 
 def wait(number):
-    open(f"{sys.argv[2]}/{number}", "w").write(str(os.getpid()))
+    open(f"{sys.argv[2]}/{number}", "w").write(f"{os.getpid()} {os.getppid()} ")
     time.sleep(600)
 
-list(in_processes(wait, range(2), 2))
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[3])
+    list(in_processes(wait, range(2), 2))
 """
 
 
@@ -96,17 +98,30 @@ def has_ended(pid: str) -> bool:
         return True
 
 
+def blocks(pid: str, number: int) -> bool:
+    """Whether a process has a signal blocked."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.partition("SigBlk:")[2].split()[0], 16) >> (number - 1) & 1)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal is Linux's")
-def test_no_process_outlives_the_one_that_started_it(tmp_path):
-    parent = subprocess.Popen([sys.executable, "-c", ENDLESS, str(ROOT), str(tmp_path)])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])  # the default before Python 3.14; since
+def test_no_process_outlives_the_one_that_started_it(tmp_path, method):
+    program = tmp_path / "endless.py"
+    program.write_text(ENDLESS)
+    parent = subprocess.Popen([sys.executable, program, str(ROOT), str(tmp_path), method])
     files = [tmp_path / "0", tmp_path / "1"]
     deadline = time.monotonic() + 120
-    while not all(file.exists() and file.read_text() for file in files):
+    while not all(file.exists() and file.read_text().endswith(" ") for file in files):
         assert time.monotonic() < deadline and parent.poll() is None
         time.sleep(0.02)
+    pids, starters = zip(*(file.read_text().split() for file in files), strict=True)
+    assert not blocks(str(parent.pid), signal.SIGUSR1)
+    if method == "forkserver":
+        assert blocks(starters[0], signal.SIGUSR1), "the scheduler's signal would end the server"
     parent.kill()
     parent.wait()
-    while not all(has_ended(file.read_text()) for file in files):
+    while not all(has_ended(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

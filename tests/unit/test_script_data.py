@@ -247,15 +247,15 @@ def test_what_chooses_the_best_checkpoint(digitscenes, tmp_path, monkeypatch):
     words = classification_runs.flags(digitscenes, tmp_path)
     many = parse(Classification.Config, words)
     begun = [partial(main.main, dual), partial(main.main, replace(dual, val_folder=None))]
-    begun += [partial(Classification.train, many, [], val, ALONE, None) for val in ([], None)]
+    begun += [partial(Classification.train, many, [], val, ALONE, None) for val in ([0], None)]
     one = replace(many, multi_label=False)
-    begun.append(partial(Classification.train, one, [], [], ALONE, None))
+    begun.append(partial(Classification.train, one, [], [0], ALONE, None))
     for encoder in (None, "by meaning"):
         begun.append(partial(Recognition.train, labels, None, [0], encoder, None, ALONE, None))
     for each in begun:
         with pytest.raises(EOFError):
             each()
-    assert noted == ["acc1_z", None, None, None, None, "exact_f1", "f1"]
+    assert noted == ["acc1_z", None, "mAP", None, "top1", "exact_f1", "f1"]
 
 
 def begins_with(script, words: list[str], monkeypatch) -> float:

@@ -331,11 +331,14 @@ def gather_rows(rows: Tensor, indices: Tensor, total: int) -> Tensor:
 
     rows [n, ...] with `indices` int64 [n] on this process -> [total, ...] on every process, each
     row written once.
-    Used by evaluation: the result does not depend on the number of processes.
+    Used by evaluation: the result does not depend on the number of processes. UserError where they
+    disagree about `total`.
     """
     indices = indices.to(rows.device)
     if world_size() > 1:
-        most = int(all_reduce(torch.tensor(len(rows), device=rows.device), "max"))
+        sizes = torch.tensor([len(rows), total, -total], device=rows.device)
+        most, largest, smallest = all_reduce(sizes, "max").tolist()
+        check_same_total(largest, -smallest)
         padded = rows.new_zeros(most, *rows.shape[1:])
         padded[: len(rows)] = rows
         where = indices.new_full((most,), -1)
@@ -346,6 +349,16 @@ def gather_rows(rows: Tensor, indices: Tensor, total: int) -> Tensor:
     table = rows.new_zeros(total, *rows.shape[1:])
     table[indices] = rows
     return table
+
+
+def check_same_total(largest: int, smallest: int) -> None:
+    """UserError where processes count different numbers of entries to evaluate, as nodes with copies of
+    their own may."""
+    if largest != smallest:
+        raise UserError(
+            f"the processes evaluate different data: one has {largest:,} entries, another "
+            f"{smallest:,}; give all of them the same files"
+        )
 
 
 def gather_parts(

@@ -83,6 +83,8 @@ def feature_bank(
     done = path.with_suffix(".json")
     damages = distributed.on_main(partial(_stored, features, labels, done, total, width))
     if damages is None:
+        totals = distributed.gather_objects(total)
+        distributed.check_same_total(max(totals), min(totals))
 
         def begin() -> list[Path]:
             remove_leftovers(path.parent)

@@ -318,6 +318,7 @@ class Run:
         Says so where nothing is left to train, and ends the process where --max_steps is reached already.
         """
         config, world, self.plan = self.config, self.world, plan
+        self._check_all_train_alike()
         self.scores, self.best = distributed.on_main(self._scores_before)
         opened = distributed.on_main(self._open_folder, share=False)
         self.log = opened or RunLog(self.folder, world, {})  # silent on other ranks than 0
@@ -363,6 +364,21 @@ class Run:
         if config.compile and self.step < plan.total:
             self.log.say("compiling the network: the first update takes minutes")
         self.log.progress(plan.total, self.step)
+
+    def _check_all_train_alike(self) -> None:
+        """UserError where processes read data of other sizes or other options, as nodes with copies of
+        their own do: each would follow its own learning rate, and wait for the others in the end."""
+        own = (len(self.loader.stream), self.plan)
+        everyone = distributed.gather_objects(own)
+        for rank, (samples, plan) in enumerate(everyone):
+            if (samples, plan) != everyone[0]:
+                first, of_first = everyone[0]
+                raise UserError(
+                    f"rank {rank} would train otherwise than rank 0: it has {samples:,} samples an "
+                    f"epoch and {plan.total:,} updates at {plan.peak_lr:.3g}, rank 0 {first:,} and "
+                    f"{of_first.total:,} at {of_first.peak_lr:.3g}; give all processes the same "
+                    "data and options"
+                )
 
     def _warn_of_schedule(self) -> None:
         """Say where the learning rate does not do what its options suggest."""

@@ -192,8 +192,11 @@ def features_of_one_not_finite(rank: int, folder: Path) -> None:
     def batches() -> EvalLoader:
         return EvalLoader(sample, own, 2, default_collate, workers=0)
 
+    world = World(rank, 2, rank, CPU)
     with pytest.raises(UserError, match="features are not finite"):
-        feature_bank(lambda x: x, batches, own, 8, 2, folder / "key", World(rank, 2, rank, CPU))
+        feature_bank(lambda x: x, batches, own, 8, 2, folder / "key", world)
+    with pytest.raises(UserError, match="different data: one has 8 entries, another 7;"):
+        feature_bank(lambda x: x, batches, own, 8 - rank, 2, folder / "key", world)
 
 
 def test_features_that_one_process_refuses_end_all(tmp_path):

@@ -194,6 +194,8 @@ def _three_processes(rank: int, rendezvous: str, folder: str) -> None:
     indices = torch.arange(rank, 7, 3)
     table = distributed.gather_rows(indices[:, None].float() * 10, indices, 7)
     assert table.squeeze(1).tolist() == [0, 10, 20, 30, 40, 50, 60]
+    with pytest.raises(UserError, match="different data: one has 7 entries, another 6;"):
+        distributed.gather_rows(indices[:, None].float(), indices, 7 - (rank == 2))
     assert distributed.all_reduce(torch.tensor(float(rank)), "mean").item() == 1.0
     assert distributed.all_reduce(torch.tensor(float(rank)), "max").item() == 2.0
     assert distributed.all_reduce(torch.tensor(float(rank + 1))).item() == 6.0

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 
+from base import distributed
 from base.distributed import ALONE, World
 from base.errors import UserError
 from base.writing import write_json
@@ -823,6 +824,22 @@ def test_the_global_batch_counts_processes():
         resume(processes=8, accumulate=2)
     with pytest.raises(UserError, match="batch_size: 4 -> 16"):
         resume(processes=4, batch_size=16)
+
+
+@pytest.mark.parametrize("change", [{"epoch_steps": 19}, {"peak_lr": 1e-3}, {}])
+def test_a_process_with_other_data_or_options_is_named_before_it_trains(
+    change, tmp_path, monkeypatch
+):
+    """Nodes may have copies of their own; {}: two samples less, too few for another update."""
+
+    def of_two_nodes(own):
+        samples, plan = own
+        return [own, (samples, replace(plan, **change)) if change else (samples - 2, plan)]
+
+    monkeypatch.setattr(distributed, "gather_objects", of_two_nodes)
+    with pytest.raises(UserError, match="rank 1 would train otherwise than rank 0: it has"):
+        train(options(tmp_path))
+    assert not (tmp_path / "log.jsonl").exists()
 
 
 class Taught(Net):

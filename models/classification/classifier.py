@@ -75,7 +75,7 @@ class ClassifierConfig:
         "stochastic depth: probability that the last block leaves a sample out, rising from 0 at the "
         "first block",
         low=0,
-        high=1,
+        high=0.99,
     )
     gelu: str = knob(
         "tanh",

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from base.errors import UserError
 from models.layers.attention import merge_heads, split_heads
-from models.layers.vit import Mlp, ViT, ViTConfig, drop_path
+from models.layers.vit import Mlp, ViT, ViTConfig
 
 # ---- vision backbones
 
@@ -104,8 +104,12 @@ class TextNoise:
 
     def branch(self, x: Tensor) -> Tensor:
         """Stochastic depth of one residual branch [B,L,D]."""
-        shape = (1, x.shape[1], 1) if self.over_positions else None
-        return drop_path(x, self.drop_path, shape)
+        if self.drop_path == 0:
+            return x
+        kept = 1 - self.drop_path
+        shape = (1, x.shape[1], 1) if self.over_positions else (len(x), 1, 1)
+        mask = x.new_empty(shape).bernoulli_(kept)
+        return x * (mask / kept if kept > 0 else mask)
 
 
 class PackedAttention(nn.Module):

@@ -202,17 +202,14 @@ class Mlp(nn.Module):
         return F.dropout(self.fc2(hidden), self.dropout, self.training)
 
 
-def drop_path(branch: Tensor, rate: float, shape: tuple[int, ...] | None = None) -> Tensor:
-    """Stochastic depth (Huang et al. 2016): a residual branch [B,...] without the samples that are
-    dropped with probability `rate`, the others divided by 1 - rate.
+def drop_path(branch: Tensor, kept: Tensor) -> Tensor:
+    """Stochastic depth (Huang et al. 2016): a residual branch [B,T,D] without the samples that are
+    dropped, the others divided by the probability `kept`, 0-d, above 0, with which they stay.
 
-    shape: of what is drawn, if not a number for each sample.
+    It is a tensor since torch.compile would compile every block again for its own number.
     """
-    if rate == 0:
-        return branch
-    kept = 1 - rate
-    mask = branch.new_empty(shape or (len(branch), *[1] * (branch.ndim - 1))).bernoulli_(kept)
-    return branch * (mask / kept if kept > 0 else mask)
+    stays = torch.rand(len(branch), 1, 1, device=branch.device) < kept
+    return branch * (stays / kept).to(branch.dtype)
 
 
 class Block(nn.Module):
@@ -226,7 +223,13 @@ class Block(nn.Module):
         hidden = int(config.width * config.mlp_ratio)
         self.mlp = mlp_class(config.width, hidden, config.gelu, config.dropout)
         self.dropout = config.dropout
-        self.drop_path = drop_path
+        if drop_path:
+            self.register_buffer("kept", torch.tensor(1 - drop_path), persistent=False)
+
+    def branch(self, update: Tensor) -> Tensor:
+        """What is added to the residual stream, [B,T,D]: all, or in training with stochastic depth."""
+        drops = self.training and hasattr(self, "kept")
+        return drop_path(update, self.kept) if drops else update
 
     def forward(
         self, x: Tensor, with_map: bool = False, first: bool = False
@@ -240,9 +243,8 @@ class Block(nn.Module):
             x = x[:, :1]
         else:
             update, probabilities = self.attn(self.norm1(x), with_map)
-        rate = self.drop_path * self.training
-        x = x + drop_path(F.dropout(update, self.dropout, self.training), rate)
-        x = x + drop_path(self.mlp(self.norm2(x)), rate)
+        x = x + self.branch(F.dropout(update, self.dropout, self.training))
+        x = x + self.branch(self.mlp(self.norm2(x)))
         return (x, probabilities) if with_map else x
 
 

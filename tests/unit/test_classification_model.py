@@ -116,10 +116,11 @@ def test_stochastic_depth_leaves_samples_out_of_branches_in_training():
     """timm's rule: the rate rises linearly from 0 to that of the last block; the branches of samples
     that stay are divided by their probability."""
     model = tiny(model="vit-xs/8", drop_path=0.3).train()
-    rates = [block.drop_path for block in model.blocks]
-    assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
+    kept = [block.kept.item() for block in model.blocks[1:]]
+    assert kept == pytest.approx([0.9, 0.8, 0.7]) and not hasattr(model.blocks[0], "kept")
+    assert model.state_dict().keys() == tiny(model="vit-xs/8").state_dict().keys()
     block, x = model.blocks[-1], torch.randn(400, 3, 128)
-    block.drop_path = 0.5
+    block.kept.fill_(0.5)
     torch.nn.init.zeros_(block.mlp.fc2.weight)
     torch.nn.init.zeros_(block.mlp.fc2.bias)
     update = block.attn(block.norm1(x))[0]
@@ -128,6 +129,23 @@ def test_stochastic_depth_leaves_samples_out_of_branches_in_training():
     assert 150 < left_out.sum() < 250
     torch.testing.assert_close(whole[~left_out], 2 * update[~left_out], rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(block.eval()(x) - x, update, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_blocks_with_rates_of_their_own_are_compiled_once():
+    """--compile_mode blocks: one graph for blocks that drop, one for the first, one for the last's
+    class token; a graph for each rate would end at torch's limit of 8, and the others run eagerly."""
+    graphs = []
+
+    def counted(graph, _example):
+        graphs.append(graph)
+        return graph.forward
+
+    model = tiny(model="vit-ti/8", image_size=16, drop_path=0.3).train()
+    for block in model.blocks:
+        block.compile(backend=counted)
+    model.logits(torch.randn(4, 3, 16, 16))
+    assert len(graphs) == 3
 
 
 @pytest.mark.parametrize(

@@ -217,9 +217,13 @@ def write_page(parts: list, config: Config) -> None:
 def looking_of(config: Config):
     """How the data are looked at."""
     from dataset.health.survey import Looking
+    from dataset.tasks.vqa import read_answer_list
 
     settings = (config.image_root, config.tokenizer, config.most, config.answer_list)
-    answers = file_state(config.answer_list) if config.answer_list else None
+    answers = None
+    if config.answer_list:
+        read_answer_list(config.answer_list)  # says at once that it is missing, or no list
+        answers = file_state(config.answer_list)
     return Looking(
         partial(make_examiner, *settings),
         folder=config.facts,
@@ -252,6 +256,7 @@ def main(config: Config) -> None:
     if shared and config.facts is None:
         raise UserError("--facts: name a folder that all tasks see, to keep what they find")
     if config.sharing.slurm:
+        looking.make_examiner()  # likewise of a tokenizer
         submit_array(config.sharing, len(works), config.facts)
         return
     if not is_whole(config.sharing):

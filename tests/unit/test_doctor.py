@@ -172,6 +172,8 @@ def test_questions_answers_ids_and_boxes(tmp_path, capsys):
     names = ("answer not in the list", "no answer", "repeated id", "box outside", "no box")
     assert [table[name] for name in names] == ["1", "1", "1", "1", "2"]
     (tmp_path / "answers.json").write_text('["red", ["two"]]')
+    with pytest.raises(UserError, match=r"gone\.json: no such file"):
+        run(capsys, config | {"answer_list": tmp_path / "gone.json"})
     with pytest.raises(UserError, match=r"answers\.json: expected a JSON list of answers"):
         run(capsys, config | {"answer_list": tmp_path / "answers.json"})
     (tmp_path / "v2.json").write_text('{"questions": [{"question": "what?"}]}')
@@ -230,6 +232,9 @@ def test_ranges_kept_as_files_give_the_report_of_one_look(tmp_path, capsys, monk
         look(**merged)
     _, said = look(**facts, sharing=doctor.Sharing(range="0/1"))
     assert said == [f"{tmp_path}/facts: 4 of 4 pieces, 1 of them kept"]
+    monkeypatch.setattr(doctor, "submit_array", lambda *_: pytest.fail("submitted"))
+    with pytest.raises(UserError, match=r"gone/vocab\.txt"):  # before a job is submitted
+        look(**facts, tokenizer="gone/vocab.txt", sharing=doctor.Sharing(slurm=2))
     with pytest.raises(UserError, match="--facts: name a folder"):
         look(sharing=doctor.Sharing(range="0/2"))
 

@@ -448,13 +448,14 @@ class Run:
                 "epoch": round(self.plan.epoch(step), 4),
                 "lr": self.plan.lr(step - 1),
             }
-            own = (self.loader.errors, self.loader.drawn, self.saver.failure)
-            errors, drawn, failures = zip(*distributed.gather_objects(own), strict=True)
+            loader = self.loader
+            own = (loader.errors, loader.drawn, loader.missing, self.saver.failure)
+            errors, drawn, missing, failures = zip(*distributed.gather_objects(own), strict=True)
             bad = sum(sum(counts.values()) for counts in errors)
             self.log.write(step, **position, **means, **self.watch.read(), errors=bad)
             for failure in filter(None, failures):
                 raise UserError(failure)  # of a write beside the training
-            self.loader.check_together(errors, sum(drawn))
+            loader.check_together(errors, sum(drawn), sum(missing))
 
     def _say_trace(self, trace: Path | None) -> None:
         if trace:

@@ -1,6 +1,7 @@
 """The endless, deterministic, exactly resumable stream of training batches."""
 
 import copy
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -211,8 +212,8 @@ class StreamLoader:
     out; passing it as `state` continues behind it. Other ranks or workers continue where all of them were together,
     no sample repeated or left out, given the states of all ranks in order. With other data or another seed they do at about the same
     fraction of the data, with a warning.
-    error_budget: fraction of bad samples (after the first thousand, or all) above which a UserError
-    lists them; on several processes `check_together` counts those of all.
+    error_budget: fraction of the data's samples that may be bad; where there are more (`_allowed`), a
+    UserError lists them; on several processes `check_together` counts those of all.
     """
 
     def __init__(
@@ -260,8 +261,12 @@ class StreamLoader:
     @property
     def drawn(self) -> int:
         """Samples drawn so far by this process, those included that were lost with others."""
-        slots = self._state["slots"]
-        return sum(sum(slot["drawn"]) + sum(slot["missing"]) for slot in slots)
+        return sum(sum(slot["drawn"]) for slot in self._state["slots"]) + self.missing
+
+    @property
+    def missing(self) -> int:
+        """Of them those that were lost with others, the rest of a shard."""
+        return sum(sum(slot["missing"]) for slot in self._state["slots"])
 
     @property
     def truncated(self) -> dict[str, int]:
@@ -311,7 +316,8 @@ class StreamLoader:
         self._name([f"unusable sample, left out: {message}" for message in dropped])
         self._name([f"damaged sample, used: {message}" for message in truncated])
         # as all draw as many: this one has more bad samples than all together may have
-        if self._is_beyond(sum(self.errors.values()), self.drawn * self.world_size):
+        everyone = self.drawn * self.world_size, self.missing
+        if self._is_beyond(sum(self.errors.values()), *everyone):
             raise self._too_many([self.errors], self.drawn, self.bad_samples)
         return batch
 
@@ -392,15 +398,35 @@ class StreamLoader:
         position = {"samples": states[0]["samples"], "batches": 0, "slots": own}
         return {"made_with": self._made_with(), **position}
 
-    def check_together(self, errors: Sequence[Mapping[str, int]], drawn: int) -> None:
+    def check_together(
+        self, errors: Sequence[Mapping[str, int]], drawn: int, missing: int = 0
+    ) -> None:
         """UserError on every process where of the samples that all have drawn more are bad than the
-        budget allows: one of many has by chance more than its share. errors: of each process."""
-        if self._is_beyond(sum(sum(counts.values()) for counts in errors), drawn):
+        budget allows: one of many has by chance more than its share. errors: of each process;
+        missing: see the property, of all."""
+        if self._is_beyond(sum(sum(counts.values()) for counts in errors), drawn, missing):
             listed = dict.fromkeys(chain.from_iterable(gather_objects(self.bad_samples)))
             raise self._too_many(errors, drawn, list(listed))
 
-    def _is_beyond(self, bad: int, drawn: int) -> bool:
-        return bad > self.error_budget * drawn and drawn >= min(ENOUGH, len(self.stream))
+    def _is_beyond(self, bad: int, drawn: int, missing: int) -> bool:
+        enough = drawn >= min(ENOUGH, len(self.stream))
+        return enough and bad > self._allowed(drawn, missing)
+
+    def _allowed(self, drawn: int, missing: int) -> float:
+        """The most bad samples among `drawn` of data that are within the budget.
+
+        An epoch may begin with all of its bad samples: never more than the budget of whole epochs,
+        those that have begun for the worker that is furthest ahead. Long before an epoch's end the
+        bound is that of chance: four stds of a Poisson count and 4 above its mean, beside the
+        `missing` samples, which a damaged shard takes all at once.
+        """
+        ahead = self.batch_size * (self.slots * self.world_size - 1)
+        begun = 0
+        for source, share in zip(self.stream.sources, self.stream.shares, strict=True):
+            begun += math.ceil((share * drawn + ahead) / len(source)) * len(source)
+        mean = self.error_budget * drawn
+        # 0.29 of 100 is 28.999...
+        return round(min(self.error_budget * begun, mean + 4 * math.sqrt(mean) + 4 + missing), 6)
 
     def _too_many(self, errors: Sequence[Mapping[str, int]], drawn: int, listed: list) -> UserError:
         sums = {name: sum(counts[name] for counts in errors) for name in errors[0]}

@@ -230,6 +230,31 @@ def test_as_many_bad_samples_as_the_budget_says_are_none_too_many():
     assert loader.errors == {"pairs": 2}
 
 
+@pytest.mark.parametrize(("seed", "workers", "batch_size"), [(1, 0, 16), (2, 0, 7), (3, 2, 16)])
+def test_a_list_with_as_many_bad_entries_as_the_budget_says_is_read_again(
+    seed, workers, batch_size
+):
+    """An epoch may begin with them: after half of it there are more than the budget of what is drawn."""
+    source = records(60, bad=(3, 11, 40), name="pairs")
+    loader = StreamLoader(stream(source), batch_size, workers, seed=seed, error_budget=0.05)
+    fractions = []
+    while loader.drawn < 300:
+        next(loader)
+        fractions.append(sum(loader.errors.values()) / loader.drawn)
+    assert max(fractions[60 // batch_size :]) > 0.05
+    loader.close()
+
+
+def test_a_long_list_may_have_more_bad_entries_by_chance_but_not_twice_the_budget():
+    sizes = {"batch_size": 50, "workers": 0, "error_budget": 0.01}
+    loader = StreamLoader(stream(records(100_000)), **sizes)
+    bounds = {drawn: loader._allowed(drawn, 0) for drawn in (1000, 10_000, 99_000, 100_000)}
+    assert bounds[1000] == pytest.approx(10 + 4 * 10**0.5 + 4)
+    assert 120 < bounds[10_000] < 150 and bounds[99_000] == bounds[100_000] == 1000
+    # a shard that is lost at the beginning counts against the budget of the epoch
+    assert loader._allowed(2000, 900) > 900 and loader._allowed(2000, 10_000) == 1000
+
+
 def test_the_source_of_the_largest_share_begins():
     mixed = stream(records(10), records(90, first=100), weights=(1, 9))
     assert numbers(take(StreamLoader(mixed, 1, workers=0), 1))[0] >= 100

@@ -15,7 +15,14 @@ from base.text import as_list, is_blank, lenient_text
 from base.zip_member import image_source
 from dataset.images.decode import decode_image, image_bytes, is_turned, reading
 from dataset.tasks.grounding import is_coordinate
-from dataset.tasks.record import CAPTION_FIELDS, captions_of, labels_of, name_of, weights_of
+from dataset.tasks.record import (
+    CAPTION_FIELDS,
+    captions_of,
+    is_nothing,
+    labels_of,
+    name_of,
+    weights_of,
+)
 
 TINY = 32  # pixels of the shorter side below which an image is called tiny
 HUGE = 25_000_000  # pixels
@@ -234,7 +241,7 @@ def label_texts(record: dict) -> list[str]:
         field, values = labels_of(record)
     except BadSample:  # a damaged .json, which captions alone do not need
         return []
-    given = [each for each in as_list(values[field]) if each is not None] if field else []
+    given = [each for each in as_list(values[field]) if not is_nothing(each)] if field else []
     return [lenient_text(each).strip() if isinstance(each, bytes) else str(each) for each in given]
 
 

@@ -62,7 +62,7 @@ from dataset.sources.tables import (
     parse_address,
     usual_column,
 )
-from dataset.tasks.record import LABEL_FIELDS, image_of, labels_of
+from dataset.tasks.record import LABEL_FIELDS, image_of, is_nothing, labels_of
 from dataset.tasks.torchvision_sets import TorchvisionRecords
 
 SAMPLED = 10_000  # entries of a list by which the fraction with labels is estimated
@@ -109,8 +109,11 @@ class Labels:
             raise BadSample(
                 f"{self._name(record)}: no label ({', '.join(LABEL_FIELDS)}, or .json with one of them)"
             )
-        ids = self._ids(values[field], record)
-        chances = self._chances(values.get("label_probs"), len(ids), record)
+        given = as_list(values[field])
+        chances = self._chances(values.get("label_probs"), len(given), record)
+        filled = [number for number, label in enumerate(given) if not is_nothing(label)]
+        ids = self._ids([given[number] for number in filled], record)
+        chances = [chances[number] for number in filled]  # null among labels is none
         options = self.options
         kept = {}
         for chance, label in sorted(zip(chances, ids, strict=True), key=lambda pair: -pair[0]):
@@ -136,11 +139,11 @@ class Labels:
             )
         return [float(p) for p in given]
 
-    def _ids(self, value: object, record: dict) -> list[int]:
-        """The class numbers that a label field holds: whole numbers, such a number as text, or the
-        names of classes."""
+    def _ids(self, given: Sequence[object], record: dict) -> list[int]:
+        """The class numbers that labels are: whole numbers, such a number as text, or the names of
+        classes."""
         ids = []
-        for label in as_list(value):
+        for label in given:
             number = whole_number(label)
             ids.append(self._place(label, record) if number is None else number)
         for label in ids:

@@ -51,12 +51,14 @@ def labels_of(record: dict) -> tuple[str | None, dict]:
     if isinstance(record.get("json"), bytes):
         values = record | json_in(record["json"], f"{name_of(record)}.json")
     given = ((name, values.get(name)) for name in LABEL_FIELDS)
-    return next((name for name, value in given if not _is_none(value)), None), values
+    return next((name for name, value in given if not is_nothing(value)), None), values
 
 
-def _is_none(value: object) -> bool:
-    """Whether a field holds nothing: null, no item, a blank text."""
-    return value in (None, [], b"") or (isinstance(value, str) and is_blank(value))
+def is_nothing(value: object) -> bool:
+    """Whether a field holds nothing: null, a blank text, or a list of nothing else."""
+    if isinstance(value, list | tuple):
+        return all(map(is_nothing, value))
+    return value in (None, b"") or value != value or (isinstance(value, str) and is_blank(value))
 
 
 def weights_of(record: dict, captions: str | list[str]) -> list[float] | None:

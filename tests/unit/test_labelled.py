@@ -241,7 +241,7 @@ def test_shards(kind, tmp_path):
     assert sorted(seen.tolist()) == sorted(expected)
 
 
-@pytest.mark.parametrize("nothing", [None, [], float("nan"), ""], ids=str)
+@pytest.mark.parametrize("nothing", [None, [], float("nan"), "", [None]], ids=str)
 def test_an_entry_without_labels_is_left_out_of_a_list(nothing, tmp_path):
     (tmp_path / "a.jpg").write_bytes(jpeg())
     lines = [{"url": "a.jpg", "labels": each} for each in ([0], nothing, [1], [0])]
@@ -584,7 +584,6 @@ def test_class_lists(tmp_path):
         {"labels": "cat"},
         {"label": 1.7},
         {"label": True},
-        {"labels": [1, None]},
         {"labels": [1], "label_probs": "high"},
         {"labels": [1], "label_probs": [None]},
         {"labels": [1], "label_probs": [float("nan")]},
@@ -605,6 +604,14 @@ def test_labels_in_other_spellings():
     assert labels()({"labels": ["1", 2.0, "03"]}) == ([1, 2, 3], [1.0, 1.0, 1.0])
     assert labels()({"cls": b" 7\n"}) == ([7], [1.0])
     assert labels()({"label": 4, "label_probs": 0.5}) == ([4], [1.0])
+
+
+def test_null_among_labels_is_none():
+    likely = labels(label_threshold=0.5)
+    assert likely({"labels": [None, 1, "2"], "label_probs": [0.9, 0.3, 0.8]}) == ([2], [1.0])
+    assert labels()({"labels": [1, None, " ", float("nan")]}) == ([1], [1.0])
+    with pytest.raises(BadSample, match="entry 3: no label"):
+        labels()({"labels": [None, ""], "index": 3})
 
 
 def test_class_names_may_be_a_json_list(tmp_path):

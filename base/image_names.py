@@ -1,4 +1,5 @@
-"""Names of images in lists: which of them are one image, and which file a name means.
+"""Names of images in lists: which of them are one image, and which file a name means; the texts
+beside images.
 
 Lists are written on other systems than they are read on: a name may be relative or absolute, hold
 `./` or `../`, have its accents composed (NFC) or not (NFD, as macOS stores names), or backslashes.
@@ -11,6 +12,8 @@ from collections.abc import Hashable
 from pathlib import Path
 
 from base.text import composed
+
+BESIDE = (".txt", ".TXT", ".caption")  # endings of a text beside an image; the last is Kohya's
 
 
 class ImageKeys:
@@ -80,3 +83,8 @@ def spellings(name: str) -> list[str]:
     """A name as it is, composed, and decomposed: each once."""
     forms = ("NFC", "NFD") if not name.isascii() else ()
     return list(dict.fromkeys((name, *(unicodedata.normalize(form, name) for form in forms))))
+
+
+def text_beside(image: Path) -> Path | None:
+    """The file with an image's captions that has its name and stands beside it."""
+    return next(filter(Path.is_file, map(image.with_suffix, BESIDE)), None)

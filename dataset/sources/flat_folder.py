@@ -1,7 +1,7 @@
 """Images in one folder with a list of their classes, as ImageNet's validation set is published.
 
 Beside the folder, or in it, lies one of
-    val.txt (the folder's name)                     lines `name label`, labels from 0, as Caffe's
+    val.txt (the folder's name)                     lines `name label` or `val/name label`, labels from 0
     imagenet_2012_validation_synset_labels.txt      a synset a line, in the order of the file names
     LOC_val_solution.csv                            Kaggle's: image id, synset and boxes
 """
@@ -69,7 +69,9 @@ def _numbered(root: Path, file: Path, classes: list[str]) -> LabelledFiles:
             raise UserError(
                 f"{file}, line {number}: class {found}, but there are {len(classes)} from 0"
             )
-        files.append(root / name.strip())
+        parts = Path(name.strip()).parts
+        # names may begin with the folder's own: from the folder above
+        files.append(root.joinpath(*(parts[1:] if parts[0] == root.name else parts)))
         labels.append(found)
     return _checked(file, files, labels, [])
 

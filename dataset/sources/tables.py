@@ -8,7 +8,7 @@ annotation file:
     pairs.csv?image=url&caption=title,alt    columns by name; several columns make several captions
     pairs.jsonl?caption=alt:0.3,synthetic:0.7   with the weights that training samples them by; JSON
                                              files may name columns, too
-    folder/                                  IMAGE.jpg with IMAGE.txt beside it, a caption a line;
+    folder/                                  IMAGE.jpg with IMAGE.txt (or .caption) beside it, a caption a line;
                                              or what metadata.csv, .jsonl or .parquet in it lists
     folder/                                  of datasets' save_to_disk
     folder/                                  of Parquet files, as data sets of the hub come in, or
@@ -29,6 +29,7 @@ from urllib.parse import parse_qsl
 
 from base.caches import file_state, states_digest
 from base.errors import BadSample, UserError, brief
+from base.image_names import BESIDE, text_beside
 from base.limits import CELL_BYTES, check_limit, over_limit
 from base.names import SHARD_ENDING, matching_files, nearest
 from base.reading import read_bytes, read_json, read_start, too_deep
@@ -577,8 +578,8 @@ def _metadata_rows(folder: Path, file: Path, wanted: Wanted) -> Iterator[dict]:
 
 
 def image_text_rows(folder: Path, need_caption: bool = True) -> Iterator[dict]:
-    """{image: absolute path, caption: [lines]} of every image below a folder with a .txt of its
-    name beside it; images without one are counted and said."""
+    """{image: absolute path, caption: [lines]} of every image below a folder with a .txt or .caption
+    of its name beside it; images without one are counted and said."""
     lonely = 0
     found = 0
     used: set[Path] = set()  # texts that stand beside an image
@@ -587,13 +588,11 @@ def image_text_rows(folder: Path, need_caption: bool = True) -> Iterator[dict]:
         if not is_image(path):
             others.append(path)
             continue
-        beside = path.with_suffix(".txt")
-        if not beside.is_file():
-            beside = path.with_suffix(".TXT")
+        beside = text_beside(path)
         if not need_caption:
             found += 1
             yield {"image": str(path)}
-        elif beside.is_file():
+        elif beside:
             data = read_bytes(beside, "put a caption a line into it", CELL_BYTES)
             lines = lines_in(lenient_text(data))
             found += 1
@@ -611,7 +610,7 @@ def image_text_rows(folder: Path, need_caption: bool = True) -> Iterator[dict]:
         )
     if lonely:
         print(f"{folder}: {lonely:,} images have no .txt beside them and are left out")
-    unused = [path for path in others if path.suffix.lower() == ".txt" and path not in used]
+    unused = [path for path in others if path.suffix in BESIDE and path not in used]
     if need_caption and unused:
         some = f"{len(unused):,} texts have no image beside them that can be read, such as"
         print(f"{folder}: {some} {unused[0].relative_to(folder.absolute())}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from base.caches import file_state
 from base.errors import BadSample, UserError
+from base.image_names import text_beside
 from base.pixels import pixels_digest
 from base.reading import parse_json
 from base.text import lenient_text, lines_in
@@ -108,11 +109,11 @@ def state_of(file: Path) -> State:
 
 
 def read_captions(root: Path, names: Iterable[str]) -> list[str]:
-    """The distinct texts in .txt files beside the images, one a line, in order."""
+    """The distinct texts in the files beside the images, one a line, in order."""
     found: dict[str, None] = {}
     for name in names:
-        beside = (root / name).with_suffix(".txt")
-        if state_of(beside)[0] in range(1, CAPTION_BYTES):
+        beside = text_beside(root / name)
+        if beside and state_of(beside)[0] in range(1, CAPTION_BYTES):
             lines = lines_in(lenient_text(beside.read_bytes()))
             found.update(dict.fromkeys(line.strip() for line in lines if line.strip()))
     return list(found)

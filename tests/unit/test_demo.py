@@ -50,7 +50,7 @@ def folder(tmp_path):
             root / ("more" if name == "blue" else "") / f"{name}.png"
         )
     (root / "red.txt").write_text("a red field\nsomething green\n")
-    (root / "more/blue.txt").write_text("a blue field\na red field\n")
+    (root / "more/blue.caption").write_text("a blue field\na red field\n")
     (root / "broken.jpg").write_text("no image at all")
     return root
 

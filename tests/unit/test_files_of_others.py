@@ -370,6 +370,8 @@ def test_labels_of_a_flat_folder_behind_a_tab(tmp_path):
     found = flat_folder(tmp_path / "val")
     assert [path.name for path in found.files] == ["a b.JPEG", "c.JPEG"]
     assert found.labels.tolist() == [1, 0]
+    (tmp_path / "val.txt").write_text("val/a b.JPEG 1\n./c.JPEG 0\n")  # from the folder above
+    assert flat_folder(tmp_path / "val").files == found.files
     (tmp_path / "val.txt").write_text(f"a b.JPEG {'9' * 30}\n")
     with pytest.raises(UserError, match="line 1: expected `name label`"):
         flat_folder(tmp_path / "val")

@@ -238,8 +238,10 @@ def test_folder_of_images_and_texts(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "1 images have no .txt" in said
     assert "1 texts have no image beside them that can be read, such as phone.txt" in said
-    (folder / "alone.txt").write_text("four")  # the cached list is made again
-    assert len(Records(folder)) == 3
+    (folder / "alone.caption").write_text("four")  # Kohya's; the cached list is made again
+    assert pairs(Records(folder))[-1] == (str(folder / "alone.jpg"), ["four"])
+    (folder / "alone.txt").write_text("five")
+    assert pairs(Records(folder))[-1] == (str(folder / "alone.jpg"), ["five"])
     with pytest.raises(UserError, match="a folder gives images and captions"):
         Records(folder, ("image", "question"))
 

@@ -186,7 +186,7 @@ def check_vocabulary(state: State, vocabulary: int, tokenizer: object) -> None:
 
 def trained_names(names: list[str], vision_blocks: int | None) -> set[str]:
     """What is trained: the decoder, and of the tower the projection, the last norm and the last
-    `vision_blocks` blocks; None = everything."""
+    `vision_blocks` blocks; None = everything. UserError where it has not so many."""
     if vision_blocks is None:
         return set(names)
     if vision_blocks and (f"{VISION}layer1.0.conv1.weight" in names or of_library(names)):
@@ -195,9 +195,13 @@ def trained_names(names: list[str], vision_blocks: int | None) -> set[str]:
             "(0); those of image_tower, too"
         )
     deep = count(names, rf"{VISION}transformer\.resblocks\.(\d+)\.")
+    if vision_blocks > deep:
+        raise UserError(
+            f"train_vision_blocks {vision_blocks}: the image tower has {deep} blocks; give fewer, or "
+            "leave it out to train the whole tower, its embeddings included"
+        )
     last = {
-        f"{VISION}transformer.resblocks.{number}."
-        for number in range(max(0, deep - vision_blocks), deep)
+        f"{VISION}transformer.resblocks.{number}." for number in range(deep - vision_blocks, deep)
     }
     inside = (*last, f"{VISION}proj.", f"{VISION}ln_post.", DECODER)
     return {name for name in names if name.startswith(inside)}

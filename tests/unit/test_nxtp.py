@@ -404,6 +404,12 @@ class TestRefused:
             trained_names(names, 2)
         assert not any(name.startswith("vision_encoder.layer") for name in trained_names(names, 0))
 
+    def test_more_blocks_than_there_are(self):
+        names = list(network().state_dict())
+        assert "vision_encoder.transformer.resblocks.0.ln_1.weight" in trained_names(names, 2)
+        with pytest.raises(UserError, match="train_vision_blocks 3: the image tower has 2 blocks"):
+            trained_names(names, 3)
+
     @pytest.mark.parametrize("sizes", [[8], [8, 0], [7, 1], [8, 1, 1, 1, 1, 1]])
     def test_sizes_of_no_resnet(self, sizes):
         with pytest.raises(UserError, match="name an even width, then the blocks"):

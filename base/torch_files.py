@@ -297,6 +297,14 @@ def check_dense(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
+def check_numbers(path: str | Path, name: str, value: Tensor) -> None:
+    """UserError for a weight with NaN or infinity, which makes every score meaningless; masks may be
+    -inf."""
+    checked = value.is_floating_point() and value.element_size() > 1 and value.numel()
+    if checked and not value.max() < float("inf"):
+        raise UserError(f"{path}: {name} holds NaN or infinity; use an earlier checkpoint")
+
+
 def read_tensors(path: Path, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
     """The tensors by name of one safetensors or torch file; with `wanted` those whose names it is
     true of, and of safetensors no others are read. UserError."""

@@ -28,6 +28,7 @@ from base.names import matching_files
 from base.torch_files import (
     INDICES,
     check_dense,
+    check_numbers,
     find_index,
     is_safetensors,
     read_index,
@@ -316,10 +317,7 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
             weights = read_tensors(path) if is_safetensors(path) else _read_pickled(path)
     weights = unwrap_names(weights)
     for name, value in weights.items():
-        # masks may be -inf; NaN or infinity in a weight would make every score meaningless
-        checked = value.is_floating_point() and value.element_size() > 1 and value.numel()
-        if checked and not value.max() < float("inf"):
-            raise UserError(f"{path}: {name} holds NaN or infinity; use an earlier checkpoint")
+        check_numbers(path, name, value)
     return weights
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from base.distributed import World, unwrap
 from base.errors import UserError
+from base.torch_files import check_numbers
 from base.writing import atomic_write
 from runtime.hashed import find_file_damage, recorded_hash, write_hashed
 from runtime.safe_pickle import load_torch
@@ -330,7 +331,7 @@ def weights_in(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def merge_weights(folder: Path, path: Path) -> int:
     """Write the weights of a verified checkpoint as one safetensors file, one tensor in memory at a
-    time; returns how many. The format: length of the header, header (JSON), the tensors' bytes."""
+    time; returns how many. UserError for NaN. The format: length of the header, header (JSON), the tensors' bytes."""
     index = _index(folder)
     # wide types first, so that every tensor begins at a multiple of its element's size
     metas = dict(sorted(index["model"].items(), key=lambda item: (-item[1].itemsize, item[0])))
@@ -347,5 +348,6 @@ def merge_weights(folder: Path, path: Path) -> int:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, meta in metas.items():
             values = reader.read(("model", name), meta).contiguous()
+            check_numbers(folder, name, values)
             file.write(values.reshape(-1).view(torch.uint8).numpy().data)
     return len(metas)

@@ -293,6 +293,18 @@ def test_merged_tensors_begin_where_their_type_may(tmp_path):
         assert (8 + length + header[name]["data_offsets"][0]) % value.itemsize == 0, name
 
 
+def test_weights_that_are_not_numbers_are_not_merged(tmp_path):
+    tensors = {"a": torch.ones(2), "b": torch.tensor([0.0, float("nan")])}
+    pieces = {("model", n): Piece((0,), t) for n, t in tensors.items()}
+    checkpoints, file = CheckpointFolder(tmp_path), tmp_path / "merged.safetensors"
+    written = write_part(checkpoints.unfinished(1), 0, pieces, {}, "")
+    path = checkpoints.commit({"model": outline(tensors), "step": 1}, [written], 1)
+    for merged in (lambda: merge_weights(path, file), lambda: read_weights(path)):
+        with pytest.raises(UserError, match=r"checkpoint_00000001: b holds NaN or infinity"):
+            merged()
+    assert not file.exists()
+
+
 MERGE = """
 import sys, threading, time
 from pathlib import Path

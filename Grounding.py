@@ -83,6 +83,7 @@ class Config(FineTuneConfig):
     )
     optimizer: Optimizer = section(Optimizer, flat=True, lr=1e-5)
     text_fields = ("text",)  # that `text_encoder: trained` learns from
+    OF_CHECKPOINT = ("gradcam_mode", "block_num")
 
 
 def build_model(config: Config, tokenizer: Tokenizer) -> Retrieval:

@@ -1,6 +1,7 @@
 """What a task takes over from the run that made its checkpoint."""
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,16 @@ def test_evaluation_takes_what_the_command_line_leaves_open(tmp_path):
     assert (taken.network, taken.classes) == (Frozen(64, 8), Path("names.txt"))
     assert parse(Scored, [*words, "--classes", "none"]).classes is None
     assert parse(Scored, words[:2]).network == Frozen()
+
+
+def test_grounding_is_scored_by_the_maps_that_chose_the_checkpoint(tmp_path):
+    config = import_module("Grounding").Config
+    torch.save({"config": {"gradcam_mode": "itc", "block_num": 1}}, tmp_path / "x.pth")
+    words = ["--checkpoint", str(tmp_path / "x.pth"), "--evaluate"]
+    taken = parse(config, words)
+    assert (taken.gradcam_mode, taken.block_num) == ("itc", 1)
+    given = parse(config, [*words, "--block_num", "0"])
+    assert (given.gradcam_mode, given.block_num) == ("itc", 0)
 
 
 @dataclass

@@ -89,12 +89,13 @@ class EvalLoader:
                 break  # more than all processes may have together: no need to read on
             yield batch
         self._report()
-        found, unreadable = zip(*gather_objects((bad, len(self.unreadable))), strict=True)
+        own = bad, len(self.unreadable), self.unreadable[:LISTED]
+        found, unreadable, named = zip(*gather_objects(own), strict=True)
         for fault in filter(None, found):
             raise UserError(
                 f"{fault}; evaluation needs every sample: fix the file or remove its annotation"
             )
-        self._check_budget(sum(unreadable), everyone)
+        self._check_budget(sum(unreadable), everyone, list(chain(*named)))
 
     def damages(self, same: bool = False) -> dict[str, int]:
         """Unreadable and truncated images of the last pass on all processes, where there are any,
@@ -105,11 +106,12 @@ class EvalLoader:
         kinds = {"unreadable_images": unreadable, "truncated_images": truncated}
         return {name: count for name, count in kinds.items() if count}
 
-    def _check_budget(self, unreadable: int, samples: int) -> None:
-        """Raise UserError for more unreadable images than the budget allows of `samples`."""
+    def _check_budget(self, unreadable: int, samples: int, named: Sequence[str]) -> None:
+        """Raise UserError for more unreadable images than the budget allows of `samples`, with some
+        of the names."""
         if unreadable <= self.error_budget * samples:
             return
-        listed = "\n  ".join(self.unreadable[:LISTED]) or "(on another process)"
+        listed = "\n  ".join(named[:LISTED])
         raise UserError(
             f"{unreadable} images of {samples} samples are unreadable, more than the error budget "
             f"of {self.error_budget:.3g} allows; evaluation needs every sample: fix the files, "

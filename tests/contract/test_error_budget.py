@@ -36,7 +36,8 @@ def evaluate(rank: int, bad: int, budget: float, fails: bool) -> None:
     texts = gather_objects(text)
     if fails:
         assert all(f"{bad} images of {IMAGES} samples are unreadable" in each for each in texts)
-        assert "--error-budget" in texts[1] and "0.jpg" in texts[0]
+        assert "--error-budget" in texts[1]
+        assert all("0.jpg" in each and "1.jpg" in each for each in texts), "of all processes"
     else:
         assert texts == ["", ""]
         assert loader.damages() == {"unreadable_images": bad}

@@ -176,9 +176,7 @@ def with_records(part: Part, error_budget: float) -> Part:
     if part.records is not None:
         return part
     with distributed.rank_0_first():
-        index = ShardIndex([part.data], part.data, error_budget)
-    if not len(index):
-        raise UserError(f"{part.data}: no sample is usable, such as {index.bad[0]}; leave it out")
+        index = ShardIndex([part.data], part.data, error_budget).nonempty()
     return Part(part.data, index, 0, len(index))
 
 

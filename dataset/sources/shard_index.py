@@ -81,6 +81,15 @@ class ShardIndex(Sequence):
                 file=sys.stderr,
             )
 
+    def nonempty(self) -> "ShardIndex":
+        """Itself, for an evaluation. UserError where, within the budget, no sample is usable."""
+        if not len(self):
+            raise UserError(
+                f"{self.title}: no sample is usable, such as {self.bad[0]}; fetch or pack the shards "
+                "again, or leave them out"
+            )
+        return self
+
     def __len__(self) -> int:
         return len(self.shard)
 

@@ -375,7 +375,7 @@ def shared_records(
     folders for the others, and makes the caches that they read. error_budget: see ShardIndex."""
     if is_shards(data):
         with distributed.rank_0_first():
-            return ShardIndex(list_shards(data), data, error_budget)
+            return ShardIndex(list_shards(data), data, error_budget).nonempty()
     opened = partial(open_records, data, root, split, classes, download)
     if Path(data).is_dir() and not data.startswith("torchvision/"):
         return distributed.on_main(opened, patient=True)
@@ -412,7 +412,7 @@ class Split:
     ):
         self.data = data
         if records is None and is_shards(data):
-            records = ShardIndex(list_shards(data), data)
+            records = ShardIndex(list_shards(data), data).nonempty()
         elif records is None:
             records = open_records(data, root, split, classes, download)
         if isinstance(records, Records):

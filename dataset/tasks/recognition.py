@@ -361,7 +361,8 @@ class ImageSet:
             self.records = label_records(source).complete()
             check_image_root(self.root, (record["image"] for record in self.records))
         else:
-            self.records = ShardIndex(list_shards(self.source), self.source, error_budget)
+            index = ShardIndex(list_shards(self.source), self.source, error_budget)
+            self.records = index.nonempty()
         try:
             self.references = [self._names(index) for index in range(len(self))]
         except BadSample as error:

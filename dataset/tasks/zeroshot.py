@@ -387,7 +387,7 @@ class ShardImages:
     def __init__(
         self, entry: Entry, cache: Path, multilabel: bool, error_budget: float = ERROR_BUDGET
     ):
-        self.index = ShardIndex(*shard_files(entry, cache), error_budget)
+        self.index = ShardIndex(*shard_files(entry, cache), error_budget).nonempty()
         self.width = 0  # classes of the .npy members
         self.classes = names_in(read_text(entry.path, "classnames.txt") or "")
         found = lines_of(read_text(entry.path, "zeroshot_classification_templates.txt"))
@@ -512,7 +512,7 @@ def captions_of(entry: Entry, cache: Path, error_budget: float):
 def training_shards(entry: Entry, error_budget: float) -> tuple[ShardIndex, list[list[str]]]:
     """Shards that train, as img2dataset and scripts/data/pack.py write them, and the captions that
     training reads of each sample. A sample without one is a UserError."""
-    index = ShardIndex(list_shards(entry.path), entry.path, error_budget)
+    index = ShardIndex(list_shards(entry.path), entry.path, error_budget).nonempty()
     try:
         return index, [as_list(record.captions_of(index[place])) for place in range(len(index))]
     except BadSample as error:
@@ -524,7 +524,7 @@ def retrieval_shards(
 ) -> tuple[ShardIndex, list[list[str]]]:
     """CLIP_benchmark's shards of images with .txt, a caption a line. Images without captions are
     among those to choose from; they are counted and said."""
-    index = ShardIndex(*shard_files(entry, cache), error_budget)
+    index = ShardIndex(*shard_files(entry, cache), error_budget).nonempty()
     captions = []
     for place in range(len(index)):
         has_text = "txt" in index.endings(place)

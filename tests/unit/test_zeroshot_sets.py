@@ -495,6 +495,9 @@ def test_samples_without_image_follow_the_error_budget(kind, shards, tmp_path):
     assert len(images(0.2)) == 4
     with pytest.raises(UserError, match="1 of 5 samples are unusable"):
         images(0.19)
+    tar(shards / "test/0.tar", {f"s9.{m}": v for m, v in beside.items()})
+    with pytest.raises(UserError, match=r"no sample is usable, such as .*0\.tar/s9: no image"):
+        images(1.0)
 
 
 def test_images_go_through_the_view(tmp_path):

@@ -8,6 +8,8 @@ Data is an annotation file (JSON, JSON lines, CSV, TSV, Parquet, a folder of ima
 set that Hugging Face's datasets saved), with paths of images or the encoded images in it. A sample is
 KEY.jpg (or .png ...), KEY.txt with a caption a line, and KEY.json with the other fields.
 
+An image that training could not read is named, counted and left out.
+
 Shards are written by several processes, with --slurm by the tasks of a job array. A shard that is
 there already, of the same data, images and settings, is kept: start the command again after an
 interruption.
@@ -33,7 +35,14 @@ from base.reading import read_json
 from base.text import as_list, clean_surrogates, is_blank
 from base.writing import check_folder_option, make_folder, strict_json
 from base.zip_member import image_source
-from dataset.images.decode import ORIENTATION, decode_image, image_bytes, image_ending, orientation
+from dataset.images.decode import (
+    ORIENTATION,
+    decode_image,
+    image_bytes,
+    image_ending,
+    orientation,
+    reading,
+)
 from dataset.sources.encoded_table import encoded_table
 from dataset.sources.records import Records, state_of_entries
 from dataset.sources.tables import address_state, plain
@@ -79,14 +88,16 @@ def open_rows(config: Config) -> Sequence[dict]:
     return rows
 
 
-def reduced(content: bytes, config: Config) -> bytes:
+def reduced(content: bytes, config: Config, name: str) -> bytes:
     """The encoded image, its shorter side at most `resize`, with the EXIF orientation it had; as it
-    is where a JPEG cannot be so long. Raises BadSample."""
+    is without `resize`, where a JPEG cannot be so long, and where the file ends early, which training
+    shall see. Raises BadSample for what training could not read."""
     from PIL import Image
 
-    pixels = decode_image(content).permute(1, 2, 0).numpy()
+    with reading() as noticed:
+        pixels = decode_image(content, name).permute(1, 2, 0).numpy()
     shorter = min(pixels.shape[:2])
-    if shorter <= config.resize:
+    if not config.resize or shorter <= config.resize or noticed.truncated:
         return content
     image = Image.fromarray(pixels)
     scale = config.resize / shorter
@@ -107,8 +118,7 @@ def members_of(row: dict, config: Config) -> dict[str, bytes]:
     if not isinstance(image, bytes):
         source = image_source(config.image_root, str(image))
         image = source if isinstance(source, bytes) else image_bytes(source, str(source))
-    if config.resize:
-        image = reduced(image, config)
+    image = reduced(image, config, name_of(row))
     captions = [" ".join(text.split()) for text in as_list(captions_of(row))]
     if all(map(is_blank, captions)):
         raise BadSample(f"{name_of(row)}: no caption")

@@ -153,7 +153,24 @@ def test_large_images_are_reduced(tmp_path):
     assert decode_image(large["image"]).shape == (3, 10, 20)
     assert small["image"] == (tmp_path / "b.jpg").read_bytes()
     long = encoded(9, "PNG", (80_000, 11))  # longer than a JPEG can be
-    assert pack.reduced(long, config) == long
+    assert pack.reduced(long, config, "long") == long
+    cut = encoded(9, "JPEG", (400, 200))
+    cut = cut[: len(cut) // 2]  # whole again, training would not count it
+    assert pack.reduced(cut, config, "cut") == cut
+
+
+@pytest.mark.parametrize("resize", [0, 2])
+def test_what_training_could_not_read_is_not_packed(tmp_path, resize):
+    whole = encoded(9, "PNG", (40, 20))
+    (tmp_path / "a.png").write_bytes(whole)
+    (tmp_path / "b.png").write_bytes(whole[:40] + b"\0" * 20 + whole[60:])
+    rows = [{"image": f"{n}.png", "caption": n} for n in "ab"]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    sizes = {"resize": resize, "workers": 1}
+    done = pack.pack(Config(str(tmp_path / "pairs.json"), tmp_path, tmp_path / "wds", **sizes))
+    assert (done["samples"], done["failed"]) == (1, 1)
+    about = json.loads((tmp_path / "wds/00000_stats.json").read_text())
+    assert about["errors"][0].startswith("b.png: ")
 
 
 def test_tables_of_encoded_images(tmp_path):

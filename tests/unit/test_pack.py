@@ -163,7 +163,7 @@ def test_large_images_are_reduced(tmp_path):
 def test_what_training_could_not_read_is_not_packed(tmp_path, resize):
     whole = encoded(9, "PNG", (40, 20))
     (tmp_path / "a.png").write_bytes(whole)
-    (tmp_path / "b.png").write_bytes(whole[:40] + b"\0" * 20 + whole[60:])
+    (tmp_path / "b.png").write_bytes(whole[:50] + b"\0" * 20 + whole[70:])
     rows = [{"image": f"{n}.png", "caption": n} for n in "ab"]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     sizes = {"resize": resize, "workers": 1}

@@ -22,6 +22,10 @@ from base.pixels import RESAMPLING, Pixels, crop_side, processor_statistics
 LIBRARIES = ("open_clip", "timm", "hf")
 ELSEWHERE = ("hf-hub:", "local-dir:")  # open_clip's names of folders with configuration and weights
 TRAINED = ("clip", "metaclip_2", "siglip", "align")  # transformers' model_type, for main.py
+# in the names of tables of relative positions, which are no matrices: Swin's and BEiT's
+# relative_position_bias_table, LeViT's attention_biases, T5's relative_attention_bias; MViT's and
+# SAM's rel_pos_h
+POSITION_TABLES = ("bias", "rel_pos_")
 ALIGN_TOKENS = 64  # of the longest text that ALIGN was trained with
 BESIDE_PAIRS = {  # why main.py does not train what transformers and open_clip call so
     "blip": "learns from image-text matching and captioning as well; evaluate it with "
@@ -317,3 +321,14 @@ def timm_source(name: str) -> str | None:
     import timm
 
     return (timm.get_pretrained_cfg(name, allow_unregistered=True) or {}).hf_hub_id
+
+
+def without_decay(model: nn.Module) -> set[str]:
+    """Names of the parameters that timm's networks in `model` list as free of weight decay: their
+    tokens, tables and small networks of positions."""
+    found = set()
+    for prefix, module in model.named_modules():
+        if hasattr(module, "no_weight_decay"):
+            listed = set(module.no_weight_decay())
+            found |= {f"{prefix}.{name}".lstrip(".") for name in listed}
+    return found

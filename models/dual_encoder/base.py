@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from base.distributed import gather, gather_with_gradient, rank, world_size
+from base.libraries import POSITION_TABLES, without_decay
 from models.dual_encoder.config import DualConfig
 from models.dual_encoder.losses import Views, clip_loss, normalize, sigmoid_loss
 
@@ -177,12 +178,14 @@ NOT_LOADED = ("momentum_model.*", "text_model.pooler.*")
 def names_by_decay(model: nn.Module, original: bool = False) -> tuple[list[str], list[str]]:
     """Trainable parameters with and without weight decay, each in module order.
 
-    Without: vectors and scalars, token and position embeddings, the class token. `original` follows
-    clip-rocket: without are vectors, scalars and whatever has `bias`, `ln` or `bn` in its name;
-    embeddings decay. ALIGN: without are the parameters of batch norms alone.
+    Without: vectors and scalars, token and position embeddings, tables of positions, the class
+    token, and what timm lists for its towers. `original` follows clip-rocket: without are vectors,
+    scalars and whatever has `bias`, `ln` or `bn` in its name; embeddings decay. ALIGN: without are
+    the parameters of batch norms alone.
     """
     embeddings = ("positional_embedding", "token_embedding", "cls_token", "pos_embed")
-    substrings = ("bias", "ln", "bn") if original else embeddings
+    substrings = ("bias", "ln", "bn") if original else (*embeddings, *POSITION_TABLES)
+    listed = set() if original else without_decay(model)
     free_names = model.free_of_decay() if hasattr(model, "free_of_decay") else None
     decay = []
     no_decay = []
@@ -192,6 +195,6 @@ def names_by_decay(model: nn.Module, original: bool = False) -> tuple[list[str],
         if free_names is not None:
             free = name in free_names
         else:
-            free = parameter.ndim < 2 or any(part in name for part in substrings)
+            free = parameter.ndim < 2 or any(part in name for part in substrings) or name in listed
         (no_decay if free else decay).append(name)
     return decay, no_decay

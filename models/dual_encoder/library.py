@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import UserError
-from base.libraries import dual_inputs, dual_network
+from base.libraries import POSITION_TABLES, dual_inputs, dual_network, without_decay
 from models.dual_encoder.base import DualEncoder, Features
 from models.dual_encoder.config import DualConfig
 from models.layers.clip_towers import LockableTowers
@@ -114,10 +114,10 @@ class LibraryCLIP(LockableTowers, DualEncoder):
         return super().example_batch(pairs, images, captions, tokens or self.config.context_length)
 
     def free_of_decay(self) -> set[str]:
-        """Names of the parameters without weight decay: vectors, scalars, embeddings and the probes
-        of attention pooling."""
-        parts = ("embedding", "pos_embed", "cls_token", "probe", "latent")
-        found = set()
+        """Names of the parameters without weight decay: vectors, scalars, embeddings, tables of
+        positions, the probes of attention pooling, and what timm lists for its towers."""
+        parts = ("embedding", "pos_embed", "cls_token", "probe", "latent", *POSITION_TABLES)
+        found = without_decay(self)
         for name, parameter in self.named_parameters():
             of_patches = "patch_embed" in name  # a convolution
             if parameter.ndim < 2 or (any(part in name for part in parts) and not of_patches):

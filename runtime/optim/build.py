@@ -11,6 +11,7 @@ from torch import nn
 from base import distributed
 from base.errors import UserError
 from base.knobs import knob
+from base.libraries import POSITION_TABLES, without_decay
 from base.names import did_you_mean
 from runtime.optim.keras import KerasAdamW, KerasSGD
 from runtime.optim.lamb import Lamb
@@ -28,6 +29,7 @@ NOT_DECAYED = (
     "logit_scale",
     "logit_bias",
     "embeddings.",
+    *POSITION_TABLES,
 )
 OPTIMIZERS = ("adamw", "adamW", "sgd", "lamb", "muon")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # dtypes of autocast
@@ -98,7 +100,7 @@ def parameter_groups(
     once.
 
     Not decayed: biases and vectors (layer norms); unless `decay_everything`, also tokens,
-    embeddings and temperatures. With a `scalar_lr_scale` scalars form groups of their own, and so
+    embeddings, tables of positions, temperatures and what timm lists. With a `scalar_lr_scale` scalars form groups of their own, and so
     do the parameters that `lr_scales` names. decayed: names of the parameters with weight decay; if
     given, that group comes first, as in CLIP-rocket.
     """
@@ -106,12 +108,14 @@ def parameter_groups(
     scales = named_scales(model, config.lr_scales)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     layers = layer_scales(trained, config.layer_decay) if config.layer_decay is not None else {}
+    listed = without_decay(model)
     for name, parameter in trained.items():
         if decayed is not None:
             decays = name in decayed
         else:
-            is_token = any(part in name for part in NOT_DECAYED) and not config.decay_everything
-            decays = parameter.ndim != 1 and not name.endswith(".bias") and not is_token
+            is_token = name in listed or any(part in name for part in NOT_DECAYED)
+            is_free = parameter.ndim == 1 or name.endswith(".bias")
+            decays = not (is_free or (is_token and not config.decay_everything))
         decay = config.weight_decay if decays else 0.0
         scale = config.scalar_lr_scale if parameter.ndim == 0 else layers.get(name, 1.0)
         scale *= math.prod(factor for start, factor in scales.items() if name.startswith(start))

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
+from base.libraries import POSITION_TABLES
+
 NOT_HIDDEN = (  # of the matrices: tables and heads, which Muon is not for
     "embed",
     "head.",
     "output.weight",
     "classifier.",
-    "bias",  # tables of relative positions: Swin's and BEiT's relative_position_bias_table, LeViT's
-    "rel_pos_",  # attention_biases, T5's relative_attention_bias; MViT's and SAM's rel_pos_h
+    *POSITION_TABLES,
 )
 # of a group, under the names that torch.optim.Muon saves: checkpoints have all of them
 OPTIONS = {

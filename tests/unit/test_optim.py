@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from base.errors import UserError
+from models.dual_encoder.base import names_by_decay
 from runtime.optim.build import (
     NonFinite,
     Optimizer,
@@ -39,6 +40,27 @@ def test_vectors_tokens_and_temperature_are_not_decayed():
     assert names_of(model, plain) == {"pos_embed", "temp", "dense.bias", "norm.weight", "norm.bias"}
     assert names_of(model, decayed) == {"dense.weight"}
     assert (plain["weight_decay"], decayed["weight_decay"]) == (0.0, 0.02)
+
+
+class Pixels(nn.Module):
+    """As timm's TNT."""
+
+    def __init__(self):
+        super().__init__()
+        self.pixel_pos = nn.Parameter(torch.zeros(1, 3, 4))
+        self.dense = nn.Linear(4, 4, bias=False)
+
+    def no_weight_decay(self):
+        return {"pixel_pos"}
+
+
+def test_what_a_tower_of_timm_lists_is_not_decayed():
+    model = nn.Sequential(Pixels(), nn.Linear(4, 4, bias=False))
+    plain, decayed = parameter_groups(model, Optimizer())
+    assert names_of(model, plain) == {"0.pixel_pos"} == set(names_by_decay(model)[1])
+    assert names_of(model, decayed) == {"0.dense.weight", "1.weight"}
+    assert len(parameter_groups(model, Optimizer(decay_everything=True))) == 1
+    assert "0.pixel_pos" in names_by_decay(model, original=True)[0]
 
 
 def test_decay_everything_is_the_originals_rule():

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 
 from base.errors import UserError
+from models.dual_encoder.base import names_by_decay
 from runtime.optim.build import (
     Optimizer,
     Precision,
@@ -126,9 +127,9 @@ def test_muon_updates_hidden_matrices_and_adamw_the_rest():
         ("mvitv2_tiny", "rel_pos_h"),
     ],
 )
-def test_muon_takes_no_tables_of_relative_positions(model, tables):
-    """A row is looked up by distance, as one of an embedding: of timm's towers only what multiplies
-    is a matrix."""
+def test_tables_of_relative_positions_are_no_matrices(model, tables):
+    """A row is looked up by distance, as one of an embedding: of timm's towers Muon takes only what
+    multiplies, and neither AdamW's rule decays a table, as timm's does not."""
     import timm
 
     with torch.device("meta"):
@@ -137,6 +138,9 @@ def test_muon_takes_no_tables_of_relative_positions(model, tables):
     named = dict(tower.named_parameters())
     assert any(tables in name and parameter.ndim == 2 for name, parameter in named.items())
     assert {p for name, p in named.items() if is_hidden_matrix(name, p)} == multiplied
+    decayed = {*parameter_groups(tower, Optimizer())[1]["params"]}
+    assert decayed == {named[name] for name in names_by_decay(tower)[0]} >= multiplied
+    assert not any(named[name] in decayed for name in tower.no_weight_decay() if name in named)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")

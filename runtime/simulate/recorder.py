@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from runtime.flops import operation_flops
 from runtime.simulate.fusion import Fusion, Group, View
 
-ROOT = str(Path(__file__).resolve().parents[2])
+ROOT = f"{Path(__file__).resolve().parents[2]}/"
+NOT_OURS = ("/runtime/simulate/", "/site-packages/")  # an environment may lie in this repository
 ALIGNMENT = 512  # bytes, of CUDA's caching allocator
 
 # operations whose result the host must see before it can continue
@@ -448,7 +449,7 @@ def _calling_line() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(ROOT) and "/runtime/simulate/" not in name and "/.venv/" not in name:
-            return f"{name[len(ROOT) + 1 :]}:{frame.f_lineno}"
+        if name.startswith(ROOT) and not any(part in name for part in NOT_OURS):
+            return f"{name.removeprefix(ROOT)}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"

@@ -7,6 +7,7 @@ eight; a step on one process is traced in test_validation.py.
 
 import inspect
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from models.fusion.base import ImageTextModel
 from models.fusion.losses import masked_patches
 from runtime.log import Meters
 from runtime.run import Run
-from runtime.simulate.recorder import Operation, Recorder
+from runtime.simulate.recorder import Operation, Recorder, _calling_line
 from runtime.simulate.stand_ins import simulated_gpu
 from scripts.planning.methods import STEPS as METHODS
 from tests.helpers.traces import call_in_worker, trace_of
@@ -141,6 +142,14 @@ def test_a_wait_is_seen():
     assert {"a", "indexing", ".cpu():", "torch.tensor(…,", ".to(device):", "nonzero"} <= found
     assert len(trace.copies) == 1
     assert all(line.startswith("tests/traces/waiting.py") for _, _, line in trace.waits)
+
+
+@pytest.mark.parametrize("place", ["/env/lib/python3.12/site-packages/a.py", "-env/lib/a.py"])
+def test_lines_of_libraries_are_not_ours(place):
+    """An environment lies in the repository under any name, or beside it under a similar one."""
+    library = compile("line = calling_line()", f"{Path(__file__).parents[2]}{place}", "exec")
+    exec(library, known := {"calling_line": _calling_line})
+    assert known["line"].startswith("tests/traces/test_traces.py:")
 
 
 def test_collectives_take_fake_tensors():

@@ -30,17 +30,17 @@ def score_card(
 ) -> Markup:
     """The scores in percent by name, beside chance where it is known, and the other figures.
 
-    truth: labels of the images; of one label each, chance among five guesses is known, too.
+    truth: labels of the images, from which chance among k guesses is known, too.
     """
-    among_five = five_most_frequent(truth)
+    frequent = most_frequent(truth)
     rows = []
     for key, value in metrics.items():
         name = score_name(key)
         if name is None:
             continue
         by_chance = key in BESIDE_CHANCE or (key.startswith("knn") and not key.endswith("top5"))
-        guess = metrics.get("chance") if by_chance else None
-        rows.append((name, value, among_five if key.endswith("top5") else guess))
+        among = "top5" if key.endswith("top5") else key
+        rows.append((name, value, metrics.get("chance") if by_chance else frequent.get(among)))
     facts = []
     for key, value in metrics.items():
         if key != "chance" and score_name(key) is None:
@@ -50,13 +50,19 @@ def score_card(
     )
 
 
-def five_most_frequent(truth: Sequence[Sequence[int]]) -> float | None:
-    """The top-5 accuracy in percent of always naming the five most frequent classes; None where
-    images have several labels or none."""
-    if not truth or any(len(labels) != 1 for labels in truth):
-        return None
-    counts = Counter(labels[0] for labels in truth)
-    return 100 * sum(count for _, count in counts.most_common(5)) / len(truth)
+def most_frequent(truth: Sequence[Sequence[int]]) -> dict[str, float]:
+    """What always naming the most frequent labels scores, in percent: `hit@k` and `precision@k` for
+    k = 1, 5, and `top5` where every image has one label."""
+    counts = Counter(label for labels in truth for label in labels)
+    named = [label for label, _ in counts.most_common(5)]
+    scores = {}
+    for k in (1, 5) if truth else ():
+        right = [len({*labels} & {*named[:k]}) for labels in truth]
+        scores[f"hit@{k}"] = 100 * sum(map(bool, right)) / len(truth)
+        scores[f"precision@{k}"] = 100 * sum(right) / (k * len(truth))
+    if truth and all(len(labels) == 1 for labels in truth):
+        scores["top5"] = scores["hit@5"]
+    return scores
 
 
 def classification_report(

@@ -111,6 +111,16 @@ def test_names_of_scores():
     html = score_card("t", {"knn20_top5": 90.0, "chance": 25.0}, truth)
     assert ">87.5<" in html, "seven of eight are of the five most frequent classes"
     assert ">87.5<" not in score_card("t", {"top5": 90.0}, [[0, 1], [2]])
+    several = {
+        "precision@1": 51.0,
+        "hit@1": 51.0,
+        "precision@5": 52.0,
+        "hit@5": 99.0,
+        "F1_micro": 9.0,
+    }
+    html = score_card("t", several, [[0, 1], [0, 2], [1, 3], [5, 4], []])
+    chance = re.findall(r"<td>(\d+\.\d|)</td><td><div", html)
+    assert chance == ["40.0", "40.0", "28.0", "80.0", ""], "0 to 5, of which 4 is named last"
 
 
 def test_scores_of_one_process_become_guesses():

@@ -172,4 +172,6 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
             )
         merges.append(pair)
         known.add(pair[0] + pair[1])
+    if not merges:
+        raise UserError(f"{path}: no merges below its first line; fetch it again")
     return merges

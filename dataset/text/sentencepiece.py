@@ -9,6 +9,7 @@ from base.addresses import where_from
 from base.errors import UserError
 from base.reading import read_json
 from base.text import clean_surrogates
+from dataset.text.wordpiece import read_backend
 
 JSON = "tokenizer.json"
 NAME_IT = "name LLaMA's tokenizer.model or tokenizer.json, or the folder that holds it"
@@ -91,18 +92,12 @@ class JsonPieces:
     """A `tokenizer.json` with the methods of a SentencePieceProcessor that PieceTokenizer uses."""
 
     def __init__(self, path: Path):
-        from tokenizers import Tokenizer
-
         if "model" not in read_json(path, dict):  # which reports where it is damaged
             raise UserError(f"tokenizer {path}: no {JSON} (it has no model); {NAME_IT}")
         beside = path.with_name("tokenizer_config.json")
         stated = read_json(beside, dict) if beside.is_file() else {}
         self.stated = {key: text_of(stated.get(key)) for key in ("bos_token", "eos_token")}
-        try:
-            self.backend = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare exceptions
-            what = str(error).splitlines()[0][:200]
-            raise UserError(f"tokenizer {path}: {what}; fetch it again") from None
+        self.backend = read_backend(path)
         self.backend.encode_special_tokens = True  # </s> in a text is text, as in SentencePiece
 
     def __len__(self) -> int:
@@ -149,9 +144,10 @@ def _load(path: Path):
 
     try:
         return SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, UnicodeError) as error:  # the last of damaged pieces' names
+        what = str(error).splitlines()[0][:120]
         raise UserError(
-            f"tokenizer {path}: no SentencePiece model ({str(error).splitlines()[0][:120]})"
+            f"tokenizer {path}: no SentencePiece model ({what}); fetch it again"
         ) from None
 
 

@@ -4,6 +4,7 @@ targets."""
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -195,6 +196,26 @@ def _normalizing(vocabulary: Path) -> dict[str, bool | None]:
     return found
 
 
+def read_backend(file: Path):
+    """The `tokenizers.Tokenizer` of a tokenizer.json. UserError where it is none, or where ids are
+    beyond the number of its tokens, for which networks have embeddings."""
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        backend = Backend.from_str(read_text(file))
+    except Exception as error:  # the library raises bare exceptions
+        what = str(error).splitlines()[0][:200]
+        raise UserError(f"tokenizer {file}: {what}; fetch it again") from None
+    size = backend.get_vocab_size()
+    token, last = max(backend.get_vocab().items(), key=itemgetter(1), default=("", -1))
+    if last >= size:
+        raise UserError(
+            f"tokenizer {file}: {token!r:.60} has the id {last:,}, but there are only {size:,} tokens; "
+            "number them without gaps"
+        )
+    return backend
+
+
 def _load_backend(source: str):
     """The `tokenizers.Tokenizer` behind a folder, file or hub name; a vocab.txt is taken to be
     lower-casing BERT's, where no tokenizer_config.json beside it says otherwise."""
@@ -206,11 +227,7 @@ def _load_backend(source: str):
     file = next((file for file in candidates if file.is_file()), None)
     if file and file.suffix == ".json":
         read_json(file, dict)  # says where it is damaged
-        try:
-            return Backend.from_str(read_text(file))
-        except Exception as error:  # the library raises bare exceptions
-            what = str(error).splitlines()[0][:200]
-            raise UserError(f"tokenizer {file}: {what}; fetch it again") from None
+        return read_backend(file)
     if file:
         lines = read_lines(file)
         vocabulary = {token: number for number, token in enumerate(lines)}

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from base.errors import UserError
+from base.errors import UnfitWeights, UserError
 from base.torch_files import unwrap_names
 from models.layers.llama import LlamaConfig
 from models.layers.openai_towers import OpenAIConfig
@@ -97,10 +97,12 @@ def recognition_state(
     state = {name: value.float() for name, value in unwrap_names(checkpoint).items()}
     state.pop(f"{VISION}logit_scale", None)
     if not any(name.startswith(DECODER) for name in state):
-        raise UserError("no language_decoder.* among the weights: this is no NXTP checkpoint")
+        raise UnfitWeights("no language_decoder.* among the weights: this is no NXTP checkpoint")
     deep = count(state, rf"{DECODER}layers\.(\d+)\.")
     if layers is not None and layers > deep:
-        raise UserError(f"the checkpoint's decoder has {deep} blocks, it cannot be cut to {layers}")
+        raise UnfitWeights(
+            f"the checkpoint's decoder has {deep} blocks, it cannot be cut to {layers}"
+        )
     state = {
         name: value for name, value in state.items() if is_kept(name.removeprefix(DECODER), layers)
     }
@@ -113,7 +115,7 @@ def recognition_state(
         fitted = fit_positions(given, image_size)
         return state | {VISION + POSITIONS: fitted[f"visual.{POSITIONS}"]}
     if clip is None:
-        raise UserError(
+        raise UnfitWeights(
             "the checkpoint holds trained tensors only, as NXTP's published files do: also name the CLIP model it was "
             "trained from, with --clip ViT-L-14.pt"
         )
@@ -178,7 +180,7 @@ def check_vocabulary(state: State, vocabulary: int, tokenizer: object) -> None:
     """UserError where tokenizer and checkpoint were not made for one another."""
     rows = len(state[f"{DECODER}tok_embeddings.weight"])
     if rows != vocabulary:
-        raise UserError(
+        raise UnfitWeights(
             f"tokenizer {tokenizer}: {vocabulary} entries with the special tokens, but the checkpoint embeds {rows}; "
             "use the tokenizer.model that the checkpoint was trained with"
         )

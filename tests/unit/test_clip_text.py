@@ -61,6 +61,9 @@ def test_unusable_merges(tmp_path):
     (tmp_path / "b.gz").write_bytes(gzip.compress(b"x\nt h\n")[:-5])
     with pytest.raises(UserError, match=r"b\.gz"):
         ClipTokenizer(tmp_path / "b.gz")
+    (tmp_path / "c.gz").write_bytes(gzip.compress(b"<!doctype html>"))
+    with pytest.raises(UserError, match=r"c\.gz: no merges below its first line; fetch it again"):
+        ClipTokenizer(tmp_path / "c.gz")
 
 
 def test_merges_with_any_byte_flipped_are_read_or_refused_in_one_sentence(tmp_path):

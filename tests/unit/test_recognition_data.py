@@ -150,12 +150,14 @@ class TestTokenizer:
         below.mkdir(exist_ok=True)
         assert PieceTokenizer(below).path == tokenizer.path
 
-    def test_refused(self, tmp_path):
+    def test_refused(self, tmp_path, tokenizer):
         with pytest.raises(UserError, match=r"no such file; name LLaMA's tokenizer.model"):
             PieceTokenizer(tmp_path / "tokenizer.model")
-        (tmp_path / "tokenizer.model").write_text("nothing")
-        with pytest.raises(UserError, match="no SentencePiece model"):
-            PieceTokenizer(tmp_path)
+        damaged = tokenizer.path.read_bytes().replace(b"<0x00>", b"\xff" * 6)
+        for content in (b"nothing", damaged):
+            (tmp_path / "tokenizer.model").write_bytes(content)
+            with pytest.raises(UserError, match=r"no SentencePiece model .*fetch it again"):
+                PieceTokenizer(tmp_path)
 
 
 # ---- nouns

@@ -7,7 +7,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from base.errors import UserError
+from dataset.text import wordpiece
 from dataset.text.sentencepiece import EMPTY, IMAGE, PieceTokenizer
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<s>", "</s>")
 
 
 def write_tokenizer(folder, special=("<|begin_of_text|>", "<|end_of_text|>"), text="a dog, a cat"):
@@ -44,6 +47,20 @@ def test_special_tokens_in_a_text_are_text(tmp_path):
     pieces = PieceTokenizer(tmp_path)
     assert pieces.eos not in pieces.encode("<|end_of_text|>")
     assert pieces.decode([pieces.bos, *pieces.encode("a dog"), pieces.eos]) == "a dog"
+
+
+def test_ids_without_an_embedding_are_refused(tmp_path):
+    write_tokenizer(tmp_path, special=SPECIAL)
+    file = tmp_path / "tokenizer.json"
+    assert PieceTokenizer(file).vocab_size and wordpiece.Tokenizer(file).vocab_size
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["zz"] = 9999
+    file.write_text(json.dumps(content))
+    for opens in (PieceTokenizer, wordpiece.Tokenizer):
+        with pytest.raises(
+            UserError, match=r"'zz' has the id 9,999, but there are only \d+ tokens"
+        ):
+            opens(file)
 
 
 def test_tokenizer_model_comes_first_and_faults_are_named(tmp_path):

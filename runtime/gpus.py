@@ -9,6 +9,7 @@ compute/accelerator/README.md, table of bf16 by PyTorch 2.6 and 2.7 (cuBLAS, the
 of 989 TFLOP/s, A100 SXM 271.2 of 312, GH200 with HBM3e (the H200's chip) 828.6 of 989.
 """
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -76,7 +77,7 @@ def parse_gpu(text: str) -> Gpu:
             f"--gpu {text}: not a known GPU ({known}); give its half-precision TFLOP/s, memory TB/s and GB, "
             "such as 312,2.0,80"
         ) from None
-    if min(tflops, bandwidth, memory) <= 0:
-        raise UserError(f"--gpu {text}: TFLOP/s, TB/s and GB must be positive")
+    if not all(0 < figure < math.inf for figure in (tflops, bandwidth, memory)):
+        raise UserError(f"--gpu {text}: TFLOP/s, TB/s and GB must be finite numbers above 0")
     half = tflops * 1e12
     return Gpu(text, half / 16, half / 2, half, bandwidth * 1e12, memory * 1e9, link=32e9)

@@ -12,6 +12,7 @@ recipe, such as --batch_size 128. Times are lower bounds; docs/PLAN.md says how 
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -72,6 +73,10 @@ def plan(options: argparse.Namespace, recipe: list[str]) -> str:
 
     if options.gpus < 1:
         raise UserError(f"--gpus {options.gpus}: give 1 or more")
+    for name in ("network", "samples", "price"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} {value}: give a finite number above 0")
     network = options.network * 1e9 / 8
     gpu = parse_gpu(options.gpu)
     request = Request(gpu, options.gpus, network, options.price, options.samples)

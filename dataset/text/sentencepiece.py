@@ -3,13 +3,13 @@ behind its vocabulary."""
 
 import re
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from base.addresses import where_from
 from base.errors import UserError
-from base.reading import read_json
+from base.reading import read_json, read_text
 from base.text import clean_surrogates
-from dataset.text.wordpiece import read_backend
 
 JSON = "tokenizer.json"
 NAME_IT = "name LLaMA's tokenizer.model or tokenizer.json, or the folder that holds it"
@@ -86,6 +86,26 @@ def find_model(path: Path) -> Path:
             f"tokenizer {path}: no such file; {NAME_IT}{where_from(path) or where_from(path.parent)}"
         )
     return found
+
+
+def read_backend(file: Path):
+    """The `tokenizers.Tokenizer` of a tokenizer.json. UserError where it is none, or where ids are
+    beyond the number of its tokens, for which networks have embeddings."""
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        backend = Backend.from_str(read_text(file))
+    except Exception as error:  # the library raises bare exceptions
+        what = str(error).splitlines()[0][:200]
+        raise UserError(f"tokenizer {file}: {what}; fetch it again") from None
+    size = backend.get_vocab_size()
+    token, last = max(backend.get_vocab().items(), key=itemgetter(1), default=("", -1))
+    if last >= size:
+        raise UserError(
+            f"tokenizer {file}: {token!r:.60} has the id {last:,}, but there are only {size:,} tokens; "
+            "number them without gaps"
+        )
+    return backend
 
 
 class JsonPieces:

@@ -4,7 +4,6 @@ targets."""
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from base.hub import from_hub
 from base.reading import read_json, read_lines, read_text
 from base.text import clean_surrogates, is_blank
 from dataset.text.choice import choose, with_text
+from dataset.text.sentencepiece import read_backend
 from dataset.text.vocabulary import SPECIAL
 
 DROPPED = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
@@ -194,26 +194,6 @@ def _normalizing(vocabulary: Path) -> dict[str, bool | None]:
         if not isinstance(value, bool) and (value is not None or name != "strip_accents"):
             raise UserError(f"{file}: {name} is {brief(value)}, not true or false; fetch it again")
     return found
-
-
-def read_backend(file: Path):
-    """The `tokenizers.Tokenizer` of a tokenizer.json. UserError where it is none, or where ids are
-    beyond the number of its tokens, for which networks have embeddings."""
-    from tokenizers import Tokenizer as Backend
-
-    try:
-        backend = Backend.from_str(read_text(file))
-    except Exception as error:  # the library raises bare exceptions
-        what = str(error).splitlines()[0][:200]
-        raise UserError(f"tokenizer {file}: {what}; fetch it again") from None
-    size = backend.get_vocab_size()
-    token, last = max(backend.get_vocab().items(), key=itemgetter(1), default=("", -1))
-    if last >= size:
-        raise UserError(
-            f"tokenizer {file}: {token!r:.60} has the id {last:,}, but there are only {size:,} tokens; "
-            "number them without gaps"
-        )
-    return backend
 
 
 def _load_backend(source: str):

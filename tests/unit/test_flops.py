@@ -79,7 +79,7 @@ def test_a_gpu_by_its_figures():
     assert gpu.rate(2, "bf16") == 312e12
 
 
-@pytest.mark.parametrize("text", ["h1000", "312,2.0", "a,b,c", "312,0,80", ""])
+@pytest.mark.parametrize("text", ["h1000", "312,2.0", "a,b,c", "312,0,80", "nan,2,80", ""])
 def test_unknown_gpus_are_refused(text):
     with pytest.raises(UserError, match="--gpu"):
         parse_gpu(text)

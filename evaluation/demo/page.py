@@ -15,6 +15,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "0"  # before Gradio is imported
 import gradio as gr
 from markupsafe import Markup
 from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from torch import Tensor
 
 from base.errors import UserError
@@ -23,6 +24,7 @@ from evaluation.demo import tabs
 from evaluation.demo.abilities import Abilities, lacking
 from evaluation.demo.index import Index
 
+LOOPBACK = ("127.0.0.1", "localhost")
 POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
     "form-action 'self'; frame-ancestors 'self'"
@@ -94,6 +96,15 @@ class KeepToThisServer:
         await self.app(scope, receive, send_with_headers)
 
 
+def middleware(host: str) -> list[Middleware]:
+    """What every request goes through. On this machine alone its names are the only hosts: a page
+    elsewhere whose name is pointed at 127.0.0.1 (DNS rebinding) would read the images by them."""
+    found = [Middleware(KeepToThisServer)]
+    if host in LOOPBACK:
+        found.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK]))
+    return found
+
+
 def reach_without_proxy(host: str) -> None:
     """Gradio calls its own server once, which no proxy of the environment reaches."""
     for name in ("no_proxy", "NO_PROXY"):
@@ -128,7 +139,7 @@ def serve(
                 enable_monitoring=False,
                 theme=theme(),
                 css_paths=STYLE,
-                app_kwargs={"middleware": [Middleware(KeepToThisServer)], "docs_url": None},
+                app_kwargs={"middleware": middleware(host), "docs_url": None},
                 _frontend=False,  # no look at the page from here, which a busy machine fails
             )
         except OSError as error:

@@ -389,3 +389,18 @@ def test_labels_are_of_images_as_their_tower_was_trained(tower, black, monkeypat
     abilities.recognise(image)
     abilities.attention(image, ["x"])
     assert [pixels[0, 0, 0, 0].item() for pixels in seen] == pytest.approx([black] * 2, abs=1e-3)
+
+
+@pytest.mark.parametrize(("host", "elsewhere"), [("127.0.0.1", 400), ("0.0.0.0", 200)])
+def test_on_this_machine_alone_the_page_answers_to_its_own_names(host, elsewhere):
+    """A page elsewhere could have its own name point here (DNS rebinding)."""
+    page = pytest.importorskip("evaluation.demo.page")
+    from starlette.applications import Starlette
+    from starlette.responses import PlainTextResponse
+    from starlette.routing import Route
+    from starlette.testclient import TestClient
+
+    routes = [Route("/", lambda _: PlainTextResponse("images"))]
+    client = TestClient(Starlette(routes=routes, middleware=page.middleware(host)))
+    for name, status in (("127.0.0.1:7860", 200), ("localhost:80", 200), ("x.org", elsewhere)):
+        assert client.get("/", headers={"host": name}).status_code == status, name

@@ -1,6 +1,7 @@
 """Where published weights, vocabularies and tokenizers come from: the one table of their addresses,
 which every error of a missing one ends with."""
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,6 +87,13 @@ def address_of(source: str | Path) -> Address | None:
 
 def where_from(source: str | Path) -> str:
     """`; it is …, from …: fetch it with …`, or the nearest published name, or nothing."""
+    if remote := re.match(r"(s3|gs):/+(.+)", str(source)):
+        url = f"{remote[1]}://{remote[2]}"
+        command = "aws s3 sync" if remote[1] == "s3" else "gcloud storage rsync -r"
+        return (
+            f"; weights are read from a disk: name the run's folder below --scratch where this "
+            f"machine has it, or `{command} {url} FOLDER` and name that"
+        )
     found = address_of(source)
     path = Path(source)
     if found is None:

@@ -73,6 +73,7 @@ def test_the_error_of_a_missing_file_says_where_it_comes_from(name, tmp_path):
 def test_a_typing_error_names_the_nearest():
     assert where_from("w/VIT-L-14.pt") == "; did you mean ViT-L-14.pt?"
     assert where_from("output/mine/checkpoint_best.pt") == ""
+    assert "`aws s3 sync s3://b/runs/1 FOLDER`" in where_from(Path("s3://b/runs/1"))
     assert str(addresses.missing_file("mine.pt")) == "mine.pt: no such file"
 
 

@@ -42,6 +42,7 @@ from runtime.sharded import is_sharded, read_state
 from runtime.watchdog import Watchdog
 
 ATTEMPTS = 3  # starts of one validation without an end before the run stops
+SEEN = 0.9  # of the samples: where an epoch has fewer it is said
 
 
 def make_deterministic() -> None:
@@ -381,8 +382,16 @@ class Run:
                 )
 
     def _warn_of_schedule(self) -> None:
-        """Say where the learning rate does not do what its options suggest."""
+        """Say where an epoch or the learning rate does not do what its options suggest."""
         plan = self.plan
+        samples = len(self.loader.stream)
+        in_epoch = plan.epoch_steps * plan.batch
+        if in_epoch < SEEN * samples:
+            self.log.say(
+                f"note: an epoch is {plan.epoch_steps:,} updates of {plan.batch:,}, {in_epoch:,} of "
+                f"the {samples:,} samples; the others begin the next one. Lower the batch, or count "
+                "the duration in samples"
+            )
         if plan.warmup > plan.warmup_room:
             self.log.say(
                 f"warning: the warm-up of {plan.warmup:,} updates does not fit into {plan.warmup_room:,}: "

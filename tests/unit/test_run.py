@@ -182,6 +182,12 @@ def test_a_warm_up_that_does_not_fit_is_reported(tmp_path, capsys, warmup, warns
     assert ("does not rise to its peak" in said) == warns
     assert ("above its peak of 1e-06: lower scheduler.min_lr" in said) == warns
     assert "4 = 2 x 2 micro-batches x 1 processes" in said
+    assert "an epoch is" not in said
+
+
+def test_an_epoch_without_many_of_the_samples_is_reported(tmp_path, capsys):
+    train(options(tmp_path, accumulate=11))
+    assert "note: an epoch is 1 updates of 22, 22 of the 40 samples;" in capsys.readouterr().out
 
 
 def test_validations_are_reported_with_the_best(tmp_path, capsys):

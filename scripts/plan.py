@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from runtime.advice import ends_with_advice
 
 ROOT = Path(__file__).resolve().parents[1]
+GPUS = 1 << 17  # at most: the simulated group lists its ranks
 
 
 def arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -71,8 +72,8 @@ def plan(options: argparse.Namespace, recipe: list[str]) -> str:
     from scripts.planning.search import search
     from scripts.planning.simulate import load_script, read_config, simulate
 
-    if options.gpus < 1:
-        raise UserError(f"--gpus {options.gpus}: give 1 or more")
+    if not 1 <= options.gpus <= GPUS:
+        raise UserError(f"--gpus {options.gpus}: give 1 or more, at most {GPUS:,}")
     for name in ("network", "samples", "price"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:

@@ -31,6 +31,7 @@ FOLDER/model.safetensors. TensorFlow itself is not needed.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,9 @@ def main(argv: list[str] | None = None) -> int:
     if words and words[0] in KINDS:
         return convert_kind(words)
     given = parser().parse_args(words)
+    for name, low in (("mean", -math.inf), ("std", 0)):
+        if not all(low < value < math.inf for value in getattr(given, name) or ()):
+            raise UserError(f"--{name}: give finite numbers{' above 0' * (name == 'std')}")
     options = Options(
         model=given.model,
         mean=given.mean and tuple(given.mean),

@@ -351,3 +351,10 @@ def test_layouts_that_do_not_fit(model, to, message, digitscenes, tmp_path, caps
     source = dual_run(tmp_path / "run", model, tokenizer, **changes)
     assert convert.main([str(source), "--to", to, "--output", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_statistics_that_are_no_numbers_are_refused(tmp_path, capsys):
+    words = [str(tmp_path / "a.pt"), "--to", "hf", "--output", str(tmp_path / "out")]
+    for name, value in (("--std", "0"), ("--mean", "nan")):
+        assert convert.main([*words, name, "0.5", "0.5", value]) == 2
+        assert f"{name}: give finite numbers" in capsys.readouterr().err

@@ -260,6 +260,7 @@ DEBUG = ("Classification.py", "--config", "configs/Classification/debug.yaml")  
         (("Nothing.py",), "Nothing.py: no script of that name"),
         (("eval_knn.py", "--config", "configs/eval_knn/debug.yaml"), "does not train"),
         ((*DEBUG, "--gpus", "0"), "--gpus 0"),
+        ((*DEBUG, "--gpus", "10000000"), "--gpus 10000000: give 1 or more, at most 131,072"),
         ((*DEBUG, "--price=-5"), "--price -5.0: give a finite number above 0"),
         ((*DEBUG, "--samples", "nan"), "--samples nan: give a finite number above 0"),
         ((*DEBUG, "--gpu", "1,1,0.01", "--search"), "no batch fits"),

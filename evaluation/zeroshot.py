@@ -194,20 +194,19 @@ def best_classes(
     own: Sequence[int],
     total: int,
     world: World,
-    k: int = 5,
 ) -> Tensor:
-    """The k best classes of every image by each score of `score_names`: int64 [N,S,k] on every
-    process.
+    """The KEPT best classes of every image by each score of `score_names`, or all where there are
+    fewer: int64 [N,S,K] on every process.
 
     batches: dicts with `image` of the images `own`, this process's part of all `total` (see
     over_split).
     """
     names = score_names(classifier)
-    k = min(k, len(next(iter(classifier.values()))))
+    kept = min(KEPT, len(next(iter(classifier.values()))))
 
     def predict(image: Tensor) -> tuple[Tensor, Tensor]:
         scores = class_scores(embed_image(image), classifier)
-        best = torch.stack([scores[name] for name in names], 1).topk(k)
+        best = torch.stack([scores[name] for name in names], 1).topk(kept)
         return best.indices, best.values[..., 0]  # NaN where any score is
 
     return over_split(predict, batches, own, total, world, "zero-shot")[0]
@@ -315,18 +314,14 @@ def retrieve(
     return by_score(names, measured)
 
 
-def topk_accuracy(
-    best: Tensor, labels: Tensor, names: Sequence[str], at: Sequence[int] = (1, 5)
-) -> dict[str, float]:
-    """`acc<k>_<name>` in percent of `best_classes` int64 [N,S,K]; S `names` of the scores; labels
-    [N]. With fewer than k classes all are among the best k.
-    """
+def topk_accuracy(best: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """`acc1_<name>` and `acc5_<name>` in percent of `best_classes` int64 [N,S,K], S `names` of the
+    scores; labels int64 [N]."""
     hits = best == labels.view(-1, 1, 1)
     accuracy = {}
     for number, name in enumerate(names):
-        for k in at:
-            right = hits[:, number, :k].any(-1)
-            accuracy[f"acc{k}_{name}"] = percent(right)
+        accuracy[f"acc1_{name}"] = percent(hits[:, number, 0])
+        accuracy[f"acc5_{name}"] = percent(hits[:, number].any(-1))
     return accuracy
 
 

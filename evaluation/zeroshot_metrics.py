@@ -18,7 +18,7 @@ def mean_per_class(predicted: Tensor, targets: Tensor) -> float:
     """Accuracy of every class that occurs, averaged, in percent; predicted, targets int64 [N]."""
     shown = targets.bincount()
     right = targets[predicted == targets].bincount(minlength=len(shown))
-    accuracy = right / shown
+    accuracy = right.double() / shown
     return percent(accuracy[shown > 0])
 
 

@@ -96,10 +96,10 @@ def place_keys(chart: Chart, several: bool) -> None:
     chart.height += (len(chart.lines) - 1) // columns * KEY_ROW
 
 
-def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers spread over [low, high]."""
-    span = (high - low) or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / count))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= span / count * 0.999)
+def nice_ticks(low: float, high: float) -> list[float]:
+    """About four round numbers spread over [low, high]."""
+    quarter = ((high - low) or abs(high) or 1.0) / 4
+    power = 10.0 ** math.floor(math.log10(quarter))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= quarter * 0.999)
     marks = [step * k for k in range(math.floor(low / step), math.floor(high / step) + 2)]
     return [round(m, 10) for m in marks if low - step / 2 <= m <= high + step / 2]

@@ -36,9 +36,8 @@ HEADS = {
     "SWALIP": SwALIP,
     "SWALIPV1": SwALIPV1,
 }
-# heads that take any number of local views; the others none
-ANY = -1
-USES_LOCAL_VIEWS = ("CL2L", "BARLIP", "SIAMLIP", "SWALIP")
+ANY = -1  # number of local views
+USES_LOCAL_VIEWS = ("CL2L", "BARLIP", "SIAMLIP", "SWALIP")  # heads that take any; the others none
 
 VITS = {  # width, blocks, heads, patch in pixels
     "VITT8": (128, 4, 4, 8),  # for small images, such as DigitScenes

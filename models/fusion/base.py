@@ -234,7 +234,7 @@ def gather_features(local: Features) -> Features:
 
 
 def first_token(states: Tensor) -> Tensor:
-    """Position 0 of every row of [R,L,D], int64 [R,1]."""
+    """Position 0 of every row of states [R,L,D] or ids [R,L], int64 [R,1]."""
     return torch.zeros(states.shape[0], 1, dtype=torch.int64, device=states.device)
 
 

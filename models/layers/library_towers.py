@@ -235,7 +235,8 @@ def start_towers(
 def load_towers(model: nn.Module, read_weights: Callable, lock: Sequence[str]) -> None:
     """Load what libraries publish of the model. UserError where a tower to lock is not theirs."""
     if model.of_library:
-        return model.load()
+        model.load()
+        return
     towers = {"image": getattr(model, "visual", None), "text": getattr(model, "text_tower", None)}
     for name, tower in towers.items():
         if isinstance(tower, TimmTower | HuggingFaceText):
@@ -246,11 +247,11 @@ def load_towers(model: nn.Module, read_weights: Callable, lock: Sequence[str]) -
             )
     if getattr(model.config, "tower_classes", None):
         start_from_names(model, class_names(model.config.tower_classes))
-    return None
 
 
 def lock_towers(model: nn.Module, lock: Sequence[str]) -> None:
-    """UserError where nothing would be left to train."""
+    """Take the towers' parameters out of the training and keep their modules in evaluation mode.
+    UserError where nothing would be left to train."""
     starts = tuple(start for tower in lock for start in model.towers[tower])
     for name, parameter in model.named_parameters():
         if name.startswith(starts):

@@ -161,10 +161,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, with_map: bool = False) -> tuple[Tensor, Tensor | None]:
         """[B,T,D] -> ([B,T,D], probabilities [B,H,T,T] or None)."""
-        query, key, value = self.qkv(x).chunk(3, dim=-1)
-        query = split_heads(query, self.heads)
-        key = split_heads(key, self.heads)
-        value = split_heads(value, self.heads)
+        packed = self.qkv(x)
+        query, key, value = (split_heads(part, self.heads) for part in packed.chunk(3, dim=-1))
         if with_map:
             probabilities = attention_map(query, key)
             found = probabilities.to(value.dtype) @ value
@@ -177,11 +175,9 @@ class Attention(nn.Module):
         width = x.shape[-1]
         weight = self.qkv.weight
         bias = self.qkv.bias
-        query = F.linear(x[:, :1], weight[:width], bias[:width])
-        key, value = F.linear(x, weight[width:], bias[width:]).chunk(2, dim=-1)
-        query = split_heads(query, self.heads)
-        key = split_heads(key, self.heads)
-        value = split_heads(value, self.heads)
+        query = split_heads(F.linear(x[:, :1], weight[:width], bias[:width]), self.heads)
+        packed = F.linear(x, weight[width:], bias[width:])
+        key, value = (split_heads(part, self.heads) for part in packed.chunk(2, dim=-1))
         found = attend(query, key, value, dropout=self.dropout * self.training)
         return self.proj(merge_heads(found))
 

@@ -24,7 +24,7 @@ from models.weights.clip import (
     tower_sizes,
 )
 from models.weights.llama import is_kept
-from models.weights.loading import count
+from models.weights.loading import count, part_of
 
 State = dict[str, Tensor]
 VISION, DECODER = "vision_encoder.", "language_decoder."
@@ -52,9 +52,9 @@ def vision_state(state: State, image_size: int | None = None) -> State:
     """The image tower of a CLIP state dict (OpenAI's names) without its projection; positions fit
     `image_size`."""
     state = fit_positions(state, image_size) if image_size and "visual.proj" in state else state
-    left = ("visual.proj", "visual.attnpool.")
-    kept = {name for name in state if name.startswith("visual.") and not name.startswith(left)}
-    return {VISION + name.removeprefix("visual."): state[name] for name in kept}
+    tower = part_of(state, "visual.")
+    left = ("proj", "attnpool.")
+    return {VISION + name: value for name, value in tower.items() if not name.startswith(left)}
 
 
 def decoder_state(llama: State, vocabulary: int, where: object, known: int | None = None) -> State:
@@ -140,7 +140,7 @@ def geometry(
     table = state[f"{DECODER}tok_embeddings.weight"]
     first = f"{DECODER}layers.0."
     dim = table.shape[1]
-    heads = heads or max(1, table.shape[1] // LLAMA_HEAD)
+    heads = heads or max(1, dim // LLAMA_HEAD)
     width = len(state[f"{first}attention.wq.weight"]) // heads
     decoder = LlamaConfig(
         dim=dim,
@@ -229,4 +229,4 @@ def choose_parameters(model: nn.Module, blocks: int | None, original: bool) -> s
         parameter.requires_grad_(name in trained)
     if not original:
         return None
-    return set(decayed_names({name: named[name] for name in named if name in trained}))
+    return decayed_names({name: named[name] for name in trained})

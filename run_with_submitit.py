@@ -19,6 +19,7 @@ docs/SLURM.md; to try it: bash scripts/dev/local_slurm.sh start.
 
 import argparse
 import importlib
+import math
 import re
 import shlex
 import subprocess
@@ -62,7 +63,7 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     check_words(words, script)
     for name, least in LEAST.items():
         value = getattr(options, name)
-        if value is not None and value < least:
+        if value is not None and not least <= value < math.inf:
             raise UserError(f"--{name} {value:g}: give {least} or more")
     if options.signal_delay >= 60 * options.timeout:
         raise UserError(

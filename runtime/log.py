@@ -13,7 +13,7 @@ import torch
 from base import distributed
 from base.bars import progress_bar
 from base.distributed import World
-from base.errors import UserError
+from base.errors import UserError, first_line
 from base.reading import parse_json
 from base.writing import file_errors, strict_json, write_bytes, write_text
 from runtime.checkpoint import RESUMABLE
@@ -287,11 +287,15 @@ def _start_wandb(folder: Path, config: dict, mode: str):
     note = folder / "wandb_id.txt"
     if not note.exists() or starts_over(config.get("resume", "auto")):
         write_text(note, secrets.token_hex(8))
-    return wandb.init(
-        project="quintet",
-        dir=str(folder),
-        config=config,
-        mode=mode,
-        id=note.read_text(),
-        resume="allow",
-    )
+    try:
+        return wandb.init(
+            project="quintet",
+            dir=str(folder),
+            config=config,
+            mode=mode,
+            id=note.read_text(),
+            resume="allow",
+        )
+    except wandb.Error as error:  # no key, a key that is refused, no network
+        remedy = "run `wandb login`, or write --wandb offline"
+        raise UserError(f"--wandb {mode}: {first_line(error)}; {remedy}") from None

@@ -101,6 +101,8 @@ def metadata_rows(
         else:
             empty += 1
     left_out.check()
+    if left_out.total == empty:
+        raise UserError(f"{path}: no entry with a caption; name the metadata of {kind}")
     if empty:
         message = f"{path}: {empty:,} of {number + 1:,} entries have no caption and are left out"
         warnings.warn(message, stacklevel=2)

@@ -241,6 +241,7 @@ def test_absent_slurm_says_how_to_run_without(tmp_path):
         (["Pretrain.py", "--tasks", "0"], "--tasks 0: give 1 or more"),
         (["Pretrain.py", "--timeout", "2"], r"--timeout 2 \(minutes\): Slurm would warn 120"),
         (["Pretrain.py", "--mem", "-0.5"], "--mem -0.5: give 0 or more"),
+        (["Pretrain.py", "--mem", "nan"], "--mem nan: give 0 or more"),
         (["Pretrain.py", "--max_requeues", "-1"], "--max_requeues -1: give 0 or more"),
         (["Pretrain.py", "--partion", "gpu"], "--partion: no option .* did you mean --partition?"),
         (["Pretrain.py", "--gpus=8"], "--gpus: no option of .* did you mean --ngpus?"),

@@ -192,6 +192,7 @@ def test_batch(digitscenes):
         {"images": [], "annotations": ["text"]},
         {"images": {}, "annotations": []},
         {"images": []},
+        {"images": [], "annotations": []},
         [1],
     ],
     ids=str,
@@ -277,6 +278,8 @@ def test_a_zip_member_that_unpacks_without_measure_is_a_bad_sample(comment, tmp_
         ("yfcc15m", [5]),
         ("yfcc15m", [(None, "t", "d")]),
         ("yfcc15m", [(1, 5, "d")]),
+        ("yfcc15m", []),
+        ("cc3m", [{"image_id": "a", "captions": []}]),
     ],
     ids=str,
 )

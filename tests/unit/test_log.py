@@ -6,11 +6,13 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
 from base.bars import progress_bar
 from base.distributed import World
+from base.errors import UserError
 from runtime.flops import peak_flops, training_flops
 from runtime.log import Meters, RunLog, Stopwatch, keep_before
 
@@ -81,6 +83,17 @@ def test_a_run_from_scratch_is_a_new_run_to_wandb(tmp_path, monkeypatch):
     for resume in ("auto", "auto", "no", "auto"):
         RunLog(tmp_path, WORLD, {"resume": resume}, tensorboard=False, wandb="online").close()
     assert ids[0] == ids[1] != ids[2] == ids[3]
+
+
+def test_what_wandb_refuses_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise OSError("No API key configured.\nMore of it")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse, Error=OSError))
+    with pytest.raises(
+        UserError, match=r"--wandb online: No API key configured.; run `wandb login`"
+    ):
+        RunLog(tmp_path, WORLD, {}, tensorboard=False, wandb="online")
 
 
 def test_tensorboard_events_are_written(tmp_path):

@@ -117,8 +117,8 @@ def make_folder(folder: str | Path, option: str) -> Path:
 
 
 def _refuse_address(path: str | Path, remedy: str, places: str = "this machine alone") -> None:
-    """UserError for `s3://...`, of which a folder `s3:` would be made."""
-    if re.match(r"[a-z][a-z0-9+.-]*:/", str(path)):
+    """UserError for `s3://...`, of which a folder `s3:` would be made, also without a bucket's name."""
+    if re.match(r"[a-z][a-z0-9+.-]*:/|(s3a?|gs|gcs|az|abfs):$", str(path)):
         raise UserError(f"{path}: results are written to {places}; {remedy}")
 
 

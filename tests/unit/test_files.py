@@ -276,6 +276,8 @@ def test_results_are_not_written_into_a_folder_called_like_a_scheme(make, tmp_pa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"s3:/bucket.* this machine alone"):
         make(Path("s3://bucket/x"), "--target")
+    with pytest.raises(UserError, match=r"s3:: results .*folders and buckets"):
+        check_output_folder(Path("s3://"))  # without a bucket's name
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
     for name in ("file", "a\0b", "file/x", "a" * 300):

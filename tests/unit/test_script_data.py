@@ -6,6 +6,7 @@ import contextlib
 import json
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import pytest
 
@@ -120,11 +121,17 @@ def test_evaluation_of_a_task(task, digitscenes, tmp_path):
         if task in ("VE", "NLVR"):
             assert data.max_words == 3
             texts = [data.load(number)["text"] for number in range(len(data))]
-            file = digitscenes / f"{task.lower()}_{split}.json"
-            written = [entry["sentence"] for entry in json.loads(file.read_text())]
+            written = [record["sentence"] for record in data.records]
         else:
             name = {"Retrieval": "captions", "VQA": "questions", "Grounding": "texts"}[task]
             texts, written = getattr(data, name), data.written
+        name = {"Grounding": "refcoco+"}.get(task, task.lower())
+        entries = json.loads((digitscenes / f"{name}_{split}.json").read_text())
+        field = {"Retrieval": "caption", "VQA": "question", "Grounding": "text"}
+        listed = [entry[field.get(task, "sentence")] for entry in entries]
+        if task == "Retrieval":  # several of an image
+            listed = list(chain.from_iterable(listed))
+        assert written == listed  # of this split
         kept = 5 if task == "VQA" else 3
         assert len(texts) == len(written)
         assert (
@@ -210,7 +217,8 @@ def test_recognition(original, digitscenes, tmp_path):
     assert (view.side, view.crop, view.whole) == (48, 0.6, not original)
     assert source.build.captions is original and text.max_text == 99
     assert (text.many_prompts, text.original, text.decouple) == (not original, original, original)
-    for data in Recognition.evaluation_data(config).values():
+    for split, data in Recognition.evaluation_data(config).items():
+        assert data.source == str(digitscenes / f"nxtp/{split}.list")
         assert (data.view.side, data.view.crop, data.view.whole) == (48, 1.0, not original)
 
 

@@ -69,9 +69,9 @@ def validate(
     original: bool = False,
 ) -> Validation:
     """The metrics of a split, with the `damages` of its images, the same on every process
-    (collective). real, original: see `single_label_metrics`."""
+    (collective). real, original: see `single_label_metrics` and `multi_label_metrics`."""
     if multi_label:
-        metrics = multi_label_metrics(scores)
+        metrics = multi_label_metrics(scores, original)
     else:
         metrics = single_label_metrics(scores, real, original)
     metrics.update(damages or {})
@@ -180,14 +180,14 @@ def read_real(path: Path, names: Sequence[str]) -> list[list[int]]:
 # ---- several labels
 
 
-def multi_label_metrics(scores: Scores, details: bool = False) -> dict[str, float]:
+def multi_label_metrics(scores: Scores, original: bool = False) -> dict[str, float]:
     """In percent: `precision@k` and `hit@k` for k = 1, 5; mAP and F1, each over classes (macro) and
     over all labels (micro); `chance` (mAP of a random order). `bce`: mean over images and classes.
     Images without labels count.
 
-    mAP averages over the classes that occur, macro F1 over all classes (0 where 0 / 0). details:
-    also `auc`, the ROC area of 200 thresholds (classes that do not occur count 0), and `accuracy`,
-    both of (image, class) pairs. UserError where no image has a label.
+    mAP averages over the classes that occur, macro F1 over all classes (0 where 0 / 0). original:
+    what COYO-ViT reports, too: `auc`, the ROC area of 200 thresholds (classes that do not occur
+    count 0), and `accuracy`, both of (image, class) pairs. UserError where no image has a label.
     """
     check_labelled(torch.tensor([bool(row) for row in scores.labels]))
     logits = scores.logits
@@ -207,10 +207,10 @@ def multi_label_metrics(scores: Scores, details: bool = False) -> dict[str, floa
         last = min(first + BLOCK, classes)
         block = scores.gather(logits[:, first:last])
         targets = block_targets(scores.labels, first, last).to(block.device)
-        parts.append(class_statistics(block, targets, details))
+        parts.append(class_statistics(block, targets, original))
     counts = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     check_finite(counts["bce"], "the network's losses")
-    result.update(summary(counts, len(scores.labels), details))
+    result.update(summary(counts, len(scores.labels), original))
     return result
 
 
@@ -228,7 +228,7 @@ def block_targets(labels: Sequence[Sequence[int]], first: int, last: int) -> Ten
     return targets
 
 
-def class_statistics(logits: Tensor, targets: Tensor, details: bool = False) -> dict[str, Tensor]:
+def class_statistics(logits: Tensor, targets: Tensor, original: bool = False) -> dict[str, Tensor]:
     """Sums over N images for each of T classes, float64 [T]: of logits float32 [N,T] and targets
     bool [N,T]."""
     given = logits > 0
@@ -240,7 +240,7 @@ def class_statistics(logits: Tensor, targets: Tensor, details: bool = False) -> 
         "right": (given & targets).sum(0).double(),
         "bce": bce.double().sum(0),
     }
-    if details:
+    if original:
         counts["auc"] = roc_area(logits, targets)
         counts["equal"] = (given == targets).sum(0).double()
     return counts
@@ -290,7 +290,7 @@ def roc_area(logits: Tensor, targets: Tensor, thresholds: int = 200) -> Tensor:
     return (heights * widths).sum(0)
 
 
-def summary(counts: dict[str, Tensor], total: int, details: bool) -> dict[str, float]:
+def summary(counts: dict[str, Tensor], total: int, original: bool) -> dict[str, float]:
     """Figures of all classes from the sums of each."""
     positives = counts["positives"]
     shown = positives > 0
@@ -310,7 +310,7 @@ def summary(counts: dict[str, Tensor], total: int, details: bool) -> dict[str, f
         "classes_shown": int(shown.sum()),
         "images": total,
     }
-    if details:
-        result["auc"] = counts["auc"].mean().item()
+    if original:
+        result["auc"] = percent(counts["auc"])
         result["accuracy"] = 100 * (counts["equal"].sum() / cells).item()
     return result

@@ -32,6 +32,8 @@ FACTS = {
     "probe_l2": "weight decay of the probe",
     "loss": "mean loss",
     "bce": "mean binary cross entropy",
+    "auc": "area under the ROC curve over classes, % (50 of a random order)",
+    "accuracy": "accuracy of pairs of image and class, %",
     "unreadable_images": "unreadable images",
     "truncated_images": "truncated images",
 }

@@ -73,13 +73,14 @@ class Option(Knob):
             raise UserError(self.complaint(value)) from None
 
     def _read(self, value: Any) -> Any:
+        of_any_length = self.many is not None and self.length is None
         if str(value).lower() in ("none", "null"):
             if self.optional:
                 return None
-            value = [] if self.many is list else value
+            value = [] if of_any_length else value
         if self.many is None:
             return self._read_one(value)
-        if self.many is list and isinstance(value, str | int | float | Path):
+        if of_any_length and isinstance(value, str | int | float | Path):
             value = [value]
         if not isinstance(value, list | tuple) or self.length not in (None, len(value)):
             raise ValueError(value)

@@ -17,6 +17,7 @@ from evaluation.classification import (
     read_real,
     score,
     single_label_metrics,
+    validate,
 )
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -36,7 +37,7 @@ def test_multi_label_metrics(block, monkeypatch):
     monkeypatch.setattr(classification, "BLOCK", block)
     logits, targets = random_scores()
     lists = [row.nonzero().flatten().tolist() for row in targets]
-    found = multi_label_metrics(Scores(logits, range(40), lists), details=True)
+    found = multi_label_metrics(Scores(logits, range(40), lists), original=True)
     shown = [c for c in range(7) if targets[:, c].any()]
     truth, scores, given = targets.numpy(), logits.numpy(), (logits > 0).numpy()
     expected = {
@@ -62,6 +63,16 @@ def test_area_under_the_curve_of_scores_that_are_apart():
     logits = torch.tensor([[3.0, -3, 0, 3], [1, 1, 1, 2], [-1, -1, -1, 0]])
     targets = torch.tensor([[True] * 4, [False, False, False, True], [False] * 4])
     assert classification.roc_area(logits, targets).tolist() == pytest.approx([1, 0, 0.5, 1])
+
+
+def test_original_reports_the_area_and_the_accuracy_of_pairs():
+    """Of the first class 1 of 1, of the second none occurs; 5 of 6 pairs are right."""
+    logits = torch.tensor([[3.0, -3], [-1, -1], [-1, 2]])
+    for original in (False, True):
+        scores = Scores(logits, range(3), [[0], [], []])
+        found = validate(scores, multi_label=True, original=original).metrics
+        assert ("auc" in found) == original
+    assert (found["auc"], found["accuracy"]) == (50, pytest.approx(500 / 6))
 
 
 def test_chance_is_the_map_of_a_random_order():

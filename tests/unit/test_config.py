@@ -38,7 +38,7 @@ from runtime.config.cli import (
 from runtime.config.draft import Draft
 from runtime.config.networks import FusionNetworks, Geometry
 from runtime.config.schema import Schema
-from runtime.config.values import of_type
+from runtime.config.values import Option, of_type
 from tests.helpers.configs import NEEDED, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,6 +214,11 @@ def test_single_value_in_a_file_counts_as_a_list_of_one(yaml):
     assert load(Config, yaml("train_file: ve.json")).train_file == ["ve.json"]
     assert read("--train_file", "a.json", "--train_file", "none").train_file == []
     assert load(Config, yaml("train_file: null")).train_file == []
+
+
+def test_a_tuple_of_any_length_is_given_as_a_list_is():
+    option = Option(help="", default=(), group="", **of_type(tuple[int, ...]))
+    assert [option.read(value) for value in ("none", 3, ["3", 4])] == [(), (3,), (3, 4)]
 
 
 def test_optional_and_path(yaml):

@@ -113,9 +113,10 @@ def test_evaluation_of_a_task(task, digitscenes, tmp_path):
     config = parse(FINE_TUNING[task].Config, words)
     read = Grounding.test_data if task == "Grounding" else FINE_TUNING[task].evaluation_data
     found = read(config)
-    found = {"VQA": lambda: found[0], "Grounding": lambda: {"test": found}}.get(
-        task, lambda: found
-    )()
+    if task == "VQA":
+        found = found[0]  # the second are answers
+    elif task == "Grounding":
+        found = {"test": found}
     for split, data in found.items():
         assert type(data.transform) is TestTransform and data.transform.resolution == 48
         if task in ("VE", "NLVR"):
@@ -132,11 +133,9 @@ def test_evaluation_of_a_task(task, digitscenes, tmp_path):
         if task == "Retrieval":  # several of an image
             listed = list(chain.from_iterable(listed))
         assert written == listed  # of this split
-        kept = 5 if task == "VQA" else 3
         assert len(texts) == len(written)
-        assert (
-            max(len(text.split()) for text in texts) == kept < max(len(w.split()) for w in written)
-        )
+        kept, before = (max(len(text.split()) for text in each) for each in (texts, written))
+        assert kept == (5 if task == "VQA" else 3) < before
 
 
 @pytest.mark.parametrize("fixed", [False, True])

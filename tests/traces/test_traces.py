@@ -115,7 +115,7 @@ def called_in(function, operations: list[Operation]) -> list[Operation]:
 def test_logits_of_fusion_encoders_in_float32(name):
     """The products of image-text contrast and of matching; their gradients, too."""
     operations = trace_of(STEPS[name], 8).operations
-    for function in (ImageTextModel.similarities, ImageTextModel.itm):
+    for function in (ImageTextModel.similarities, ImageTextModel.match_logits):
         products = [o for o in called_in(function, operations) if o.flops]
         assert {o.phase for o in products} == {"forward", "backward"}
         assert {o.dtype for o in products} == {torch.float32}, (function, products)

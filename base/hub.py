@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from base.addresses import ADDRESSES, address_of, where_from
-from base.errors import UserError
+from base.errors import UserError, first_line
 from base.names import did_you_mean
 from base.remote import silence
 
@@ -88,7 +88,7 @@ def ask_hub(name: str, kind: str = "model") -> None:
         raise HubSilent(_refusal()) from None
     except Exception as error:  # of the network: the client's versions have their own exceptions
         _SILENT.add(constants.ENDPOINT)
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise HubSilent(f"{constants.ENDPOINT} cannot be reached ({reason})") from None
 
 

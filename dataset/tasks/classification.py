@@ -355,12 +355,18 @@ def training_source(
         source = ShardSource(shards, build, shuffle_buffer=knobs.shuffle_buffer)
     else:
         records = shared_records(data, knobs.data_root, "train", classes, knobs.download)
-        if isinstance(records, Records):  # a fault of the whole list shows at once
-            for index in range(min(ENOUGH, len(records))):
-                with suppress(BadSample):  # of this entry alone: the stream counts it
-                    labels(records[index] | {"index": index})
+        _check_first(records, labels)
         source = RecordSource(records, build, data)
     return Labelled(source, labels) if labels.options.label_threshold > 0 else source
+
+
+def _check_first(records: Sequence, labels: Labels) -> None:
+    """UserError where the labels of a list's first entries are none of the classes: a fault of the
+    whole list shows before the training."""
+    if isinstance(records, Records):
+        for index in range(min(ENOUGH, len(records))):
+            with suppress(BadSample):  # of this entry alone: its reader counts it
+                labels(records[index] | {"index": index})
 
 
 def shared_records(
@@ -417,6 +423,7 @@ class Split:
             records = open_records(data, root, split, classes, download)
         if isinstance(records, Records):
             records.complete()
+        _check_first(records, labels)
         self.records = records
         self.classes = classes
         self.build = LabelledImage(view, labels, root)

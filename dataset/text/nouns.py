@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from base.errors import UserError
+from base.errors import UserError, first_line
 from base.text import lenient_text
 from dataset.text.wordnet import DEBIAN, WordNet
 
@@ -136,7 +136,7 @@ def perceptron_tagger(nltk_data: str | Path) -> Tagger:
     try:
         tagger = PerceptronTagger(lang="eng")
     except (LookupError, OSError, ValueError, TypeError, RecursionError) as error:
-        what = str(error).strip().splitlines()[0][:120]
+        what = first_line(error)
         raise UserError(f"{folder}: damaged ({what}); fetch it again") from None
     return lambda words: [tag for _, tag in tagger.tag(words)]
 

@@ -7,7 +7,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from base.addresses import where_from
-from base.errors import UserError
+from base.errors import UserError, first_line
 from base.reading import read_json, read_text
 from base.text import clean_surrogates
 
@@ -96,7 +96,7 @@ def read_backend(file: Path):
     try:
         backend = Backend.from_str(read_text(file))
     except Exception as error:  # the library raises bare exceptions
-        what = str(error).splitlines()[0][:200]
+        what = first_line(error)
         raise UserError(f"tokenizer {file}: {what}; fetch it again") from None
     size = backend.get_vocab_size()
     token, last = max(backend.get_vocab().items(), key=itemgetter(1), default=("", -1))
@@ -165,7 +165,7 @@ def _load(path: Path):
     try:
         return SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError, UnicodeError) as error:  # the last of damaged pieces' names
-        what = str(error).splitlines()[0][:120]
+        what = first_line(error)
         raise UserError(
             f"tokenizer {path}: no SentencePiece model ({what}); fetch it again"
         ) from None

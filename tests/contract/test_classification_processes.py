@@ -143,7 +143,7 @@ def metrics(world: World) -> tuple[dict, dict]:
             [[1], [], [2, 3]] + [[i % 6] for i in range(8)],
         )
         many = multi_label_metrics(
-            score(model.logits, batches(False), own, count, world), details=True
+            score(model.logits, batches(False), own, count, world), original=True
         )
     return single, many
 

@@ -21,6 +21,7 @@ import csv
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -423,7 +424,7 @@ def columns_of(
     path: Path, names: list[str], required: Sequence[str], columns: dict
 ) -> dict[str, Columns]:
     """Field -> the columns that hold it, of a table with columns of these names. UserError."""
-    twice = [name for number, name in enumerate(names) if name and name in names[:number]]
+    twice = [name for name, count in Counter(names).items() if name and count > 1]
     if twice:
         raise UserError(f"{path}: two columns are called {twice[0]}; rename one")
     if not names:

@@ -118,7 +118,11 @@ CASES = {  # what to make of a path -> what the refusal says; "": it is read
         lambda p: written(p / "t.csv", HEAD + b"\n" * 10_000_000 + b"0.png,x\n"),
         "",
     ),
-    "CSV, a million names": (lambda p: written(p / "t.csv", b"," * 1_000_000), "no column for"),
+    "CSV, a million blanks": (lambda p: written(p / "t.csv", b"," * 1_000_000), "it is empty"),
+    "CSV, a million names": (
+        lambda p: written(p / "t.csv", ",".join(map(str, range(1_000_000))).encode()),
+        "no column for",
+    ),
     "CSV, a million cells": (
         lambda p: written(p / "t.csv", HEAD + b",x" * 1_000_000),
         "1000001 cells under 2 names",

@@ -331,7 +331,8 @@ def weights_in(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def merge_weights(folder: Path, path: Path) -> int:
     """Write the weights of a verified checkpoint as one safetensors file, one tensor in memory at a
-    time; returns how many. UserError for NaN. The format: length of the header, header (JSON), the tensors' bytes."""
+    time; returns how many. UserError for NaN. The format: length of the header, header (JSON), the
+    tensors' bytes."""
     index = _index(folder)
     # wide types first, so that every tensor begins at a multiple of its element's size
     metas = dict(sorted(index["model"].items(), key=lambda item: (-item[1].itemsize, item[0])))

@@ -186,17 +186,16 @@ def area_weights(old: int, new: int, count: int) -> Tensor:
 def erased(view: Tensor) -> Tensor:
     """Random erasing (Zhong et al. 2020): a rectangle of 2 to 33 % of the area and an aspect of 0.3
     to 3.3 holds uniform noise. The view itself where ten draws do not fit."""
-    height, width = view.shape[1:]
-    for _ in range(10):
-        area = float(torch.empty(()).uniform_(0.02, 1 / 3)) * height * width
-        aspect = math.exp(float(torch.empty(()).uniform_(math.log(0.3), math.log(1 / 0.3))))
-        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < h < height and 0 < w < width:
-            top = int(torch.randint(height - h + 1, ()))
-            left = int(torch.randint(width - w + 1, ()))
-            view = view.clone()
-            view[:, top : top + h, left : left + w] = torch.randint(256, (3, h, w))
-            break
+    from torchvision.transforms import RandomErasing
+
+    # its own noise is normal, for floats
+    place = RandomErasing.get_params(view, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value=[0])
+    top, left, height, width, _ = place
+    if height == view.shape[1]:
+        return view
+    view = view.clone()
+    noise = torch.randint(256, (3, height, width))
+    view[:, top : top + height, left : left + width] = noise
     return view
 
 

@@ -316,8 +316,8 @@ class StreamLoader:
         self._name([f"unusable sample, left out: {message}" for message in dropped])
         self._name([f"damaged sample, used: {message}" for message in truncated])
         # as all draw as many: this one has more bad samples than all together may have
-        everyone = self.drawn * self.world_size, self.missing
-        if self._is_beyond(sum(self.errors.values()), *everyone):
+        bad, drawn = sum(self.errors.values()), self.drawn * self.world_size
+        if self._is_beyond(bad, drawn, self.missing):
             raise self._too_many([self.errors], self.drawn, self.bad_samples)
         return batch
 

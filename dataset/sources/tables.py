@@ -8,7 +8,7 @@ annotation file:
     pairs.csv?image=url&caption=title,alt    columns by name; several columns make several captions
     pairs.jsonl?caption=alt:0.3,synthetic:0.7   with the weights that training samples them by; JSON
                                              files may name columns, too
-    folder/                                  IMAGE.jpg with IMAGE.txt (or .caption) beside it, a caption a line;
+    folder/                                  IMAGE.jpg with IMAGE.txt or .caption beside it, a caption a line;
                                              or what metadata.csv, .jsonl or .parquet in it lists
     folder/                                  of datasets' save_to_disk
     folder/                                  of Parquet files, as data sets of the hub come in, or
@@ -589,11 +589,10 @@ def image_text_rows(folder: Path, need_caption: bool = True) -> Iterator[dict]:
         if not is_image(path):
             others.append(path)
             continue
-        beside = text_beside(path)
         if not need_caption:
             found += 1
             yield {"image": str(path)}
-        elif beside:
+        elif beside := text_beside(path):
             data = read_bytes(beside, "put a caption a line into it", CELL_BYTES)
             lines = lines_in(lenient_text(data))
             found += 1

@@ -324,7 +324,8 @@ def training_stream(
     nouns. A collective: the first process looks through lists and shards for all.
 
     data: has `train_list` and `image_root`, `shards`, `samples` and `shuffle_buffer` (see
-    `shard_sources`), `weights` and `exif` (see `Stream`). captions: whether samples have the caption, too.
+    `shard_sources`), `weights` and `exif` (see `Stream`). captions: whether samples have the
+    caption, too.
     """
     root = data.image_root
     build = RecognitionSample(view, sequences, root, captions)

@@ -11,7 +11,7 @@ from typing import Any
 from base.errors import UserError, brief
 from base.names import matching_files, nearest
 from base.text import as_list
-from runtime.config.old_commands import blip_hint, recipe_of, recipe_of_nxtp
+from runtime.config.old_commands import foreign_hint, recipe_of, recipe_of_nxtp
 from runtime.config.schema import Schema
 from runtime.config.values import Option, show
 from runtime.config.yaml import line_of, parse_yaml, read_yaml
@@ -126,7 +126,7 @@ class Draft:
         """Take the values of a YAML file, first those of the files it names as `base`."""
         try:
             values, node = read_yaml(checked_file(path, above))
-            if hint := blip_hint(path, values):
+            if hint := foreign_hint(path, values):
                 raise UserError(f"{path}: {hint}")
             bases = as_list(values.pop("base", None) or [])
             if not all(isinstance(base, str) for base in bases):

@@ -76,8 +76,9 @@ def recipe_of(path: str | Path) -> str | None:
     return None if Path(path).exists() else CONFIGS.get(Path(path).name.lower())
 
 
-def blip_hint(path: str | Path, values: Mapping) -> str | None:
-    """What to train in place of a BLIP or by LAVIS; None where the `values` of a file are of neither."""
+def foreign_hint(path: str | Path, values: Mapping) -> str | None:
+    """What to write in place of a configuration of BLIP or LAVIS; None where the `values` of a file
+    are of neither."""
     model = values.get("model")
     if isinstance(model, Mapping) and "arch" in model and "run" in values:
         return (

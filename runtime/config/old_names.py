@@ -303,19 +303,21 @@ LAVIS = {  # and BLIP
     "resume_ckpt_path": "--output_dir of that run: it resumes",
     "save_freq": "--save_every 'N epochs'",
     "log_freq": "--log_every N",
-    "ann_root": "--train_file, --val_file, --test_file",
-    "train_splits": "--train_file",
-    "valid_splits": "--val_file",
-    "test_splits": "--test_file",
+    "train_splits": "--train_file FILE",
     "negative_all_rank": "not an option: hard negatives are of the process's own batch",
 }
-FLAGS_OF_FINE_TUNING = {**LAVIS, "batch_size_eval": "--batch_size_test N"}
+FLAGS_OF_FINE_TUNING = {
+    **LAVIS,
+    "ann_root": "--train_file, --val_file, --test_file",
+    "valid_splits": "--val_file FILE",
+    "test_splits": "--test_file FILE",
+    "batch_size_eval": "--batch_size_test N",
+}
 FLAGS_OF_PRETRAINING = {
-    **{name: here for name, here in LAVIS.items() if "_splits" not in name},
+    **LAVIS,
     "eval_steps": "not an option: Retrieval.py scores a run, zero-shot",
     "eval_strategy": "not an option: Retrieval.py scores a run, zero-shot",
     "ann_root": "--train_file FILE",
-    "train_splits": "--train_file FILE",
     "batch_size_train": "--batch_size N",
     "train_dataset_ratios": "--weights A B",
     "laion_path": "--train_file FILE, or --shards",

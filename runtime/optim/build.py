@@ -100,9 +100,9 @@ def parameter_groups(
     once.
 
     Not decayed: biases and vectors (layer norms); unless `decay_everything`, also tokens,
-    embeddings, tables of positions, temperatures and what timm lists. With a `scalar_lr_scale` scalars form groups of their own, and so
-    do the parameters that `lr_scales` names. decayed: names of the parameters with weight decay; if
-    given, that group comes first, as in CLIP-rocket.
+    embeddings, tables of positions, temperatures and what timm lists. With a `scalar_lr_scale`
+    scalars form groups of their own, and so do the parameters that `lr_scales` names. decayed: names
+    of the parameters with weight decay; if given, that group comes first, as in CLIP-rocket.
     """
     groups = {}
     scales = named_scales(model, config.lr_scales)

@@ -69,9 +69,10 @@ def _numbered(root: Path, file: Path, classes: list[str]) -> LabelledFiles:
             raise UserError(
                 f"{file}, line {number}: class {found}, but there are {len(classes)} from 0"
             )
-        parts = Path(name.strip()).parts
-        # names may begin with the folder's own: from the folder above
-        files.append(root.joinpath(*(parts[1:] if parts[0] == root.name else parts)))
+        image = Path(name.strip())
+        if image.is_relative_to(root.name):  # from the folder above
+            image = image.relative_to(root.name)
+        files.append(root / image)
         labels.append(found)
     return _checked(file, files, labels, [])
 

@@ -24,8 +24,9 @@ def val(tmp_path):
 
 def write_list(val, kind: str, inside: bool = False) -> None:
     place = val if inside else val.parent
-    if kind == "numbers":
-        lines = [f"{name} {label}" for name, label in zip(NAMES, LABELS, strict=True)]
+    if kind.startswith("numbers"):
+        above = "val/" if kind == "numbers, from above" else ""
+        lines = [f"{above}{name} {label}" for name, label in zip(NAMES, LABELS, strict=True)]
         (place / "val.txt").write_text("\n".join(lines) + "\n")
     elif kind == "synsets":
         (place / SYNSETS).write_text("".join(f"{CLASSES[label]}\n" for label in LABELS))
@@ -38,14 +39,14 @@ def write_list(val, kind: str, inside: bool = False) -> None:
 
 
 @pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("kind", ["numbers", "synsets", "kaggle"])
+@pytest.mark.parametrize("kind", ["numbers", "numbers, from above", "synsets", "kaggle"])
 def test_lists_of_classes(val, kind, inside):
     write_list(val, kind, inside)
     assert is_flat(val)
     records = FolderRecords(val, CLASSES)
-    found = {record["image"].name: record["label"] for record in map(records.__getitem__, range(4))}
-    assert found == dict(zip(NAMES, LABELS, strict=True))
-    assert class_names([str(val)], None, val) == ([] if kind == "numbers" else CLASSES)
+    found = {record["image"]: record["label"] for record in map(records.__getitem__, range(4))}
+    assert found == dict(zip([val / name for name in NAMES], LABELS, strict=True))
+    assert class_names([str(val)], None, val) == ([] if "numbers" in kind else CLASSES)
     assert flat_folder(val).labels.dtype == torch.int64
 
 

@@ -726,6 +726,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 ANOTHER_RUN = {
     "other weights": {"checkpoint": Path("elsewhere.pt")},
     "other data": {"train_file": ["flickr.json"]},
+    "other ratios of the data": {"weights": [3.0, 1.0]},
     "another size": {"image_res": 32},
     "another network": {"text_heads": 4},
 }
@@ -740,6 +741,7 @@ class Network:
 @dataclass
 class ScriptConfig(Config):
     train_file: list[str] = field(default_factory=lambda: ["coco.json"])
+    weights: list[float] = field(default_factory=list)
     image_res: int = 64
     batch_size: int = 4
     network: Network = section(Network)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 3.0  # of CPU time, for a script of the repository's root
+SHARE = 0.3  # of the CPU time that PyTorch's own import takes, for a script of the repository's root
 HEAVY = {
     "fairscale",
     "ftfy",
@@ -51,8 +51,9 @@ def fault_of(name: str, page: dict, found: dict) -> str | None:
     heavy = HEAVY.intersection(page["modules"]).difference(found["checkpointing"])
     if heavy:
         return f"imports {', '.join(sorted(heavy))}"
-    seconds = found["seconds"] + page["seconds"]
-    return f"takes {seconds:.1f} s of CPU time" if seconds > SECONDS else None
+    # a busy or slow machine takes longer for both; with PyTorch's 2.3 s the page stays below 3 s
+    share = page["seconds"] / found["seconds"]
+    return f"takes {share:.2f} of the time of `import torch`" if share > SHARE else None
 
 
 def test_every_help_page():

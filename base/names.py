@@ -1,4 +1,4 @@
-"""Names of files and of options: hidden ones, shards, and the nearest of some."""
+"""Names of files, records and options: hidden ones, shards, and the nearest of some."""
 
 from collections.abc import Container, Iterable
 from difflib import get_close_matches
@@ -40,6 +40,13 @@ def is_hidden_folder(path: str) -> bool:
 def matching_files(folder: Path, pattern: str) -> list[Path]:
     """The files of a folder whose names match, sorted, without hidden ones."""
     return sorted(path for path in folder.glob(pattern) if path.is_file() and not is_hidden(path))
+
+
+def name_of(record: dict) -> str:
+    """How to call a record in a message: its key in a shard, its image, or its number."""
+    named = (record.get(field) for field in ("key", "image", "url"))
+    found = next((str(name) for name in named if isinstance(name, str | Path)), None)
+    return found or f"entry {record.get('index', '?')}"
 
 
 def check_stems(paths: Iterable[Path], option: str, taken: Container[str] = ()) -> None:

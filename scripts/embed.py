@@ -34,6 +34,7 @@ from base import distributed
 from base.caches import digest, have_sizes, sizes_of
 from base.distributed import World
 from base.errors import BadSample, UserError
+from base.names import name_of
 from base.pixels import pixels_digest
 from base.reading import read_json
 from base.text import as_list, is_blank, lenient_text
@@ -49,7 +50,7 @@ from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import list_shards
 from dataset.tasks.classification import is_shards
 from dataset.tasks.dual_inputs import image_side
-from dataset.tasks.record import captions_of, image_of, name_of
+from dataset.tasks.record import captions_of, image_of
 from evaluation.predict import over_split
 from evaluation.retrieval import units
 from evaluation.zeroshot import embed_texts

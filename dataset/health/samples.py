@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from base.errors import BadSample
 from base.image_names import existing
+from base.names import name_of
 from base.reading import is_file
 from base.text import as_list, is_blank, lenient_text
 from base.zip_member import image_source
@@ -20,7 +21,6 @@ from dataset.tasks.record import (
     captions_of,
     is_nothing,
     labels_of,
-    name_of,
     weights_of,
 )
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from base.errors import BadSample, UserError
 from base.image_names import ImageKeys
+from base.names import name_of
 from dataset.health.samples import ID_FIELDS, TINY, texts_of
 from dataset.images.decode import size_of
 from dataset.sources.json_entries import objects_of
 from dataset.sources.records import image_names
 from dataset.sources.shards import read_shard
 from dataset.sources.tables import JSON, parse_address, rows_of
-from dataset.tasks.record import name_of
 from dataset.text.wordpiece import Tokenizer, pre_caption
 
 SECONDS = 2.0  # for everything

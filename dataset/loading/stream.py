@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from base.distributed import ALONE, World, gather_objects
 from base.errors import BadSample, UserError
+from base.names import name_of
 from dataset.images.decode import load_decoder, reading
 from dataset.loading.randomness import generators_kept, mix, permuted, seed_generators
 from dataset.loading.workers import signals_held, worker_init
-from dataset.tasks.record import name_of
 
 COUNTS = ("bad", "missing", "truncated")  # of samples, in the position of a worker
 EARLY = "the image ends early; its missing rows are grey"
@@ -474,7 +474,7 @@ def _faults(sources: Sequence) -> list[str]:
 
 
 def _named(record: dict | BadSample, error: BadSample) -> str:
-    """What is wrong with a record, which it names: its key in a shard, its image, or its number."""
+    """What is wrong with a record, by its name."""
     named = "" if isinstance(record, BadSample) else name_of(record)
     return str(error) if named in str(error) else f"{named}: {error}"
 

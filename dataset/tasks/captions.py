@@ -21,6 +21,7 @@ from base.caches import cached_path
 from base.distributed import on_main, rank_0_first
 from base.errors import BadSample, UserError, brief, unknown
 from base.knobs import knob
+from base.names import name_of
 from base.reading import first_letter, read_json
 from base.text import as_list, id_text, is_blank
 from dataset.images.clip import ImageViews
@@ -30,7 +31,7 @@ from dataset.sources.left_out import LeftOut
 from dataset.sources.records import Records, published_remedy
 from dataset.sources.shards import shard_sources
 from dataset.sources.tables import is_table
-from dataset.tasks.record import captions_of, image_of, name_of, weights_of
+from dataset.tasks.record import captions_of, image_of, weights_of
 from dataset.text.augment import TextViews
 from dataset.text.bpe import ClipTokenizer
 

@@ -16,6 +16,7 @@ import torch
 from base import distributed
 from base.caches import cached_path
 from base.errors import BadSample, UserError, brief
+from base.names import name_of
 from base.pixels import OPENAI, timm_statistics
 from base.reading import read_lines
 from base.text import as_list, is_blank
@@ -31,7 +32,7 @@ from dataset.sources.shard_index import ERROR_BUDGET, ShardIndex
 from dataset.sources.shard_list import list_shards
 from dataset.sources.shards import shard_sources
 from dataset.sources.tables import TABLES, is_table, parse_address
-from dataset.tasks.record import captions_of, image_of, name_of, weights_of
+from dataset.tasks.record import captions_of, image_of, weights_of
 from dataset.text.choice import with_text
 from dataset.text.nouns import parse_nouns
 from dataset.text.prompts import CAPTION_PROMPTS, LABEL_PROMPTS

@@ -7,21 +7,14 @@ from torch import Tensor
 
 from base.errors import BadSample, brief
 from base.image_names import ImageKeys
+from base.names import name_of
 from base.text import as_list, clean_surrogates, is_blank, lenient_text, text_of
 from dataset.images.decode import decode_image
 from dataset.sources.json_entries import weights_fault
 from dataset.sources.shard_columns import json_in
 
 CAPTION_FIELDS = ("caption", "captions/text")  # the second in TFRecords as COYO-ALIGN's
-
 LABEL_FIELDS = ("labels", "label", "cls")  # the last is WebDataset's
-
-
-def name_of(record: dict) -> str:
-    """How to call a record in a message: its key in a shard, its image, or its number."""
-    named = (record.get(field) for field in ("key", "image", "url"))
-    found = next((str(name) for name in named if isinstance(name, str | Path)), None)
-    return found or f"entry {record.get('index', '?')}"
 
 
 def captions_of(record: dict) -> str | list[str]:

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from base.caches import digest, have_sizes, sizes_of
 from base.errors import BadSample, UserError
 from base.limits import WORKERS
+from base.names import name_of
 from base.pixels import pixels_digest
 from base.processes import in_processes, usable_cores
 from base.reading import read_json
@@ -53,7 +54,7 @@ from dataset.sources.tar_writer import (
     write_shard,
     write_statistics,
 )
-from dataset.tasks.record import captions_of, name_of
+from dataset.tasks.record import captions_of
 from runtime.config.cli import knob, run_script, section
 from runtime.job_array import Sharing, need_all, own_range, submit_array
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from base.errors import UserError
+from base.names import name_of
 from base.writing import write_json
 from dataset.images.decode import decode_image
 from dataset.sources.tar_writer import write_shard
-from dataset.tasks.record import name_of
 from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from runtime.checkpoint import export_safetensors

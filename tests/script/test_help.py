@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARE = 0.3  # of the CPU time that PyTorch's own import takes, for a script of the repository's root
+# of the CPU time that PyTorch's own import takes, for a script of the repository's root
+SHARE = 0.3
 HEAVY = {
     "fairscale",
     "ftfy",

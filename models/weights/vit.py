@@ -2,7 +2,7 @@
 transformers, TensorFlow COYO-ViT.
 
     load_vit(model, state)                # any of the four kinds -> the model, positions resized, fresh head if need be
-    to_timm(state), to_transformers(state), to_tensorflow(state)     # and back: pure, state dict to state dict
+    to_timm(state), to_transformers(state)     # and back: pure, state dict to state dict
 
 The native names are timm's, plus `pre_logits.fc` for the tanh layer, which timm no longer has and
 transformers calls the pooler. TensorFlow kernels are input x output, convolutions height x width x
@@ -181,22 +181,6 @@ def transformers_config(config: ClassifierConfig) -> dict:
         "attention_probs_dropout_prob": config.attention_dropout,
         "pooler_output_size": config.representation_size or vit.width,
     }
-
-
-def to_tensorflow(state: State) -> dict[str, Tensor]:
-    """Native weights under the keys of the original's checkpoints, without
-    `/.ATTRIBUTES/VARIABLE_VALUE`."""
-    table = _names(TENSORFLOW)
-    result = {}
-    for key, value in split_qkv(state).items():
-        name, _, leaf = _other_name(key, table).partition(".")
-        if "norm" in name.rpartition("/")[2]:
-            leaf = {"weight": "gamma", "bias": "beta"}[leaf]
-        elif leaf == "weight":
-            leaf = "kernel"
-            value = value.permute(2, 3, 1, 0) if value.ndim == 4 else value.T
-        result["/".join(filter(None, [name, leaf]))] = value.contiguous()
-    return result
 
 
 def _other_name(key: str, table: Mapping[str, str]) -> str:

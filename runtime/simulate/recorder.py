@@ -77,7 +77,6 @@ class Trace:
     peak: int = 0
     peak_parts: dict[str, int] = field(default_factory=dict)
     peak_phase: str = ""
-    resident: int = 0  # bytes that stay between steps
 
     @property
     def flops(self) -> int:
@@ -126,7 +125,7 @@ class Recorder(TorchDispatchMode):
 
     def restart(self) -> None:
         """Forget the steps so far, which filled the optimizer's state; what lives stays."""
-        self.trace = Trace(peak=self.now, peak_parts=dict(self.parts), resident=self.now)
+        self.trace = Trace(peak=self.now, peak_parts=dict(self.parts))
         self.fusion = Fusion()
         self.lines.clear()
 

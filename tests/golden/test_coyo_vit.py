@@ -20,13 +20,14 @@ from models.classification.classifier import (
 )
 from models.layers.average import WeightAverage
 from models.layers.positions import resize_positions
-from models.weights.vit import native, to_tensorflow, to_transformers
+from models.weights.vit import native, to_transformers
 from runtime.optim.build import Optimizer, Precision, build_optimizer, set_learning_rate
 from runtime.optim.schedule import Schedule, learning_rate
 from scripts.weights.tf_checkpoint import SUFFIX, read_checkpoint
 from tests.golden.report import compare, same
 from tests.golden.simla_cases import tensors_under
 from tests.helpers.golden import golden, golden_file, golden_json, golden_tensors, recorded
+from tests.helpers.tensorflow_vit import to_tensorflow
 
 CLOSE, GRADIENT = 1e-5, 1e-4
 VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"

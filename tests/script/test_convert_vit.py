@@ -11,11 +11,12 @@ from runtime.checkpoint import export_safetensors
 from scripts.weights import convert
 from tests.helpers.exported import save_run
 from tests.helpers.golden import golden_file
+from tests.helpers.tensorflow_vit import to_tensorflow
 from tests.helpers.tf_bundle import BIG_ENDIAN, write_bundle
 
 
 def test_from_tensorflow(tmp_path):
-    from models.weights.vit import native, to_tensorflow
+    from models.weights.vit import native
 
     prefix = golden_file("coyo_vit", "tf_checkpoint_tiny", "last_checkpoint.index").with_suffix("")
     assert convert.main(["coyo-vit-from-tf", str(prefix), str(tmp_path / "vit.safetensors")]) == 0

@@ -29,7 +29,6 @@ def test_predicted_peak_is_the_tracked_peak(name):
     assert predicted.peak == pytest.approx(real.peak, rel=0.01)
     assert predicted.peak_phase == real.peak_phase
     assert predicted.flops == pytest.approx(real.flops, rel=0.01)
-    assert real.peak > 1.05 * real.resident  # a step needs more than what stays between steps
     assert not predicted.waits  # on one process; test_traces.py has those on eight
 
 

@@ -18,6 +18,7 @@ from models.weights.vit import to_transformers
 from models.weights.vit_facts import VitFacts
 from runtime.checkpoint import read_weights
 from runtime.config.from_checkpoint import description_of
+from tests.helpers.tensorflow_vit import to_tensorflow
 
 timm = pytest.importorskip("timm")
 STATED = VitFacts(*IMAGENET, "gelu", 1e-6)
@@ -209,8 +210,6 @@ def test_dinov2_of_meta():
 
 
 def test_coyo_vit_is_known_by_its_names():
-    from models.weights.vit import to_tensorflow
-
     weights = to_tensorflow(network().state_dict())
     encoder = open_encoder(weights, {})
     assert encoder.pixels.mean == HALF[0] and encoder.kind == "classifier"

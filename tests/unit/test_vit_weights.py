@@ -10,12 +10,12 @@ from models.classification.classifier import ClassifierConfig, VisionClassifier
 from models.weights.vit import (
     load_vit,
     native,
-    to_tensorflow,
     to_timm,
     to_transformers,
     transformers_config,
     vit_kind,
 )
+from tests.helpers.tensorflow_vit import to_tensorflow
 
 SIZES = {"model": "vit-mu/8", "image_size": 32, "num_classes": 7}
 

@@ -240,6 +240,55 @@ def test_layer_decay_is_that_of_mae():
         layer_scales(["weight"], 0.5)
 
 
+@pytest.mark.parametrize(
+    "expected",
+    [
+        pytest.param(
+            {
+                "visual.conv1.weight": 1,
+                "visual.layer1.0.conv1.weight": 1,
+                "visual.attnpool.positional_embedding": 1,
+                "positional_embedding": 0.125,
+                "transformer.resblocks.1.ln_1.weight": 0.5,
+            },
+            id="a ResNet beside a text transformer has no blocks",
+        ),
+        pytest.param(
+            {
+                "network.visual.conv1.weight": 0.0625,
+                "network.visual.transformer.resblocks.0.ln_1.weight": 0.125,
+                "network.visual.transformer.resblocks.2.ln_1.weight": 0.5,
+                "network.token_embedding.weight": 0.25,
+                "network.transformer.resblocks.0.ln_1.weight": 0.5,
+                "network.logit_scale": 1,
+            },
+            id="open_clip's towers are as deep as they are",
+        ),
+        pytest.param(
+            {
+                "network.vision_model.pre_layrnorm.weight": 0.125,
+                "network.vision_model.encoder.layers.1.layer_norm1.weight": 0.5,
+                "network.text_model.embeddings.token_embedding.weight": 0.25,
+                "network.text_model.encoder.layers.0.layer_norm1.weight": 0.5,
+                "network.text_projection.weight": 1,
+            },
+            id="so are those of transformers",
+        ),
+        pytest.param(
+            {
+                "patch_embed.backbone.conv1.weight": 0.125,
+                "patch_embed.backbone.stages.2.conv1.weight": 0.125,
+                "blocks.1.norm1.weight": 0.5,
+                "head.weight": 1,
+            },
+            id="stages of a stem feed the blocks",
+        ),
+    ],
+)
+def test_layer_decay_counts_each_tower_by_itself(expected):
+    assert layer_scales(expected, 0.5) == expected
+
+
 def test_towers_have_learning_rates_of_their_own():
     model = toy("CLIP_VITB16_CLIP")
     groups = parameter_groups(model, Optimizer(lr_scales=["image=0.1", "text=0.5"]))

@@ -60,7 +60,7 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options.script = script
     check_spelling(unknown, script, [name.lstrip("-") for name in form._option_string_actions])
     words = unknown + argv[cut + 1 :]
-    check_words(words, script)
+    check_words(["--output_dir", str(job_folder(options)), *words], script)
     for name, least in LEAST.items():
         value = getattr(options, name)
         if value is not None and not least <= value < math.inf:
@@ -93,10 +93,10 @@ def check_words(words: list[str], script: str) -> None:
     path = find_script(script)
     if path.parent != ROOT or "\n    run_script(main" not in path.read_text():
         return  # any other might do its work when it is imported
-    from runtime.config.cli import read_words
+    from runtime.config.ahead import check_ahead
 
     try:
-        read_words(importlib.import_module(path.stem).Config, words).finish()
+        check_ahead(importlib.import_module(path.stem).Config, words)
     except UserError as error:
         raise UserError(f"{script}: {error}") from None
 

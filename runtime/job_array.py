@@ -134,7 +134,9 @@ def submit_array(sharing: Sharing, count: int, folder: Path) -> None:
     (logs / "job").write_text(f"{array}\n")
     options = task_options(sharing, f"{script.stem}-merge")
     options["setup"] = requeueing(requeues, REQUEUES)
-    options["dependency"] = f"afterany:{array}"  # if a task fails, the merge says what is missing
+    more = options["additional_parameters"]
+    more.pop("array", None)  # --sbatch array=0-63%8 is of the tasks
+    more["dependency"] = f"afterany:{array}"  # if a task fails, the merge says what is missing
     try:
         merge = submit_command(build_executor(folder, options), shlex.join([*words, "--merge"]))
     except UserError as error:

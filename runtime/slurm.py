@@ -88,6 +88,11 @@ def sbatch_options(options: argparse.Namespace) -> dict:
     gpus = options.ngpus
     cpus = options.cpus or (10 if options.ngpus else 1)
     further = further_options(options.sbatch)
+    if "array" in further:
+        raise UserError(
+            f"--sbatch array={further['array']}: every task would be the same run; submit a job for "
+            "each, with a --name of its own"
+        )
     memory = options.mem
     if memory is None and gpus and not any(key.startswith("mem") for key in further):
         memory = 40 * gpus
@@ -138,15 +143,22 @@ def submit_command(executor, command: str) -> str:
     """Submit a batch file that starts `command` by srun; the job's number. UserError.
 
     The processes are started by srun directly, without submitit's pickles: signals reach them, and
-    the batch file, kept beside the logs, shows all of it."""
+    the batch file, kept beside the logs, shows all of it. A refused job leaves nothing behind."""
     import submitit
 
     logs = submitit.core.utils.JobPaths.get_first_id_independent_folder(executor.folder)
+    made = [folder for folder in (logs, *logs.parents) if not folder.exists()]
     logs.mkdir(parents=True, exist_ok=True)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # what sbatch says is in the error
             return executor._submit_command(command).job_id
     except submitit.core.utils.FailedJobError as error:
+        for file in logs.glob(".submission_file_*.sh"):
+            if not file.is_symlink():  # to the batch file of a job that was taken
+                file.unlink()
+        with contextlib.suppress(OSError):  # another process writes there
+            for folder in made:
+                folder.rmdir()
         raise UserError(f"sbatch refused the job: {str(error).strip()}") from None
 
 

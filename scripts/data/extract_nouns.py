@@ -212,10 +212,10 @@ def main(config: Config) -> None:
     if others:
         print(f"{config.target}: also holds {len(others)} shards of other sources", file=sys.stderr)
     extractor(*settings_of(config))  # says at once what is missing
-    make_folder(config.target, "--target")
     if config.sharing.slurm:
         submit_array(config.sharing, len(shards), config.target)
         return
+    make_folder(config.target, "--target")
     work = merge if config.sharing.merge else label
     counts = work(shards, targets, config)
     total: Counter[str] = Counter()

@@ -242,7 +242,7 @@ def main(config: Config) -> None:
     if config.sharing.slurm:
         total = number_of_shards(open_rows(config), config)
         check_folder(config.target, total)
-        submit_array(config.sharing, total, make_folder(config.target, "--target"))
+        submit_array(config.sharing, total, config.target)
         return
     print(json.dumps(merge(config) if config.sharing.merge else pack(config)))
 

@@ -13,6 +13,7 @@ from runtime import slurm
 from runtime.interrupt import EXIT_REQUEUE
 from tests.helpers.pretraining import ROOT
 from tests.helpers.processes import run_command
+from tests.helpers.stand_in_slurm import lines, stand_in_slurm
 
 SLURM = ["Pretrain.py", "--nodes", "2", "--ngpus", "4", "--partition", "gpu", "--timeout", "90"]
 
@@ -95,14 +96,14 @@ def test_defaults_are_the_originals_launcher(capsys):
         "--time=2800",
         "--mem=327680M",
     }
-    assert options(text) >= given | {"--cpus-per-task=10", "--constraint=volta32gb"}
+    given |= {"--cpus-per-task=10", "--constraint=volta32gb", "--job-name=Pretrain"}
+    assert options(text) >= given and "-ge 30 ]" in text
 
 
-def test_cpu_job_asks_for_no_gpu(capsys):
-    text = preview(
-        capsys, "Pretrain.py", "--nodes", "1", "--ngpus", "0", "--tasks", "3", "--timeout", "3"
-    )
-    assert "--ntasks-per-node=3" in options(text)
+@pytest.mark.parametrize("words, tasks", [([], 1), (["--tasks", "3"], 3)])
+def test_cpu_job_asks_for_no_gpu(capsys, words, tasks):
+    text = preview(capsys, "Pretrain.py", "--nodes", "1", "--ngpus", "0", "--timeout", "3", *words)
+    assert options(text) >= {f"--ntasks-per-node={tasks}", "--cpus-per-task=1"}
     assert "gpus" not in text and "--mem" not in text
 
 
@@ -138,6 +139,7 @@ def test_the_script_gets_its_words_unharmed(capsys, tmp_path):
         ["bash", "-c", f'srun() {{ printf "%s\\0" "$@"; }}; {line}'], capture_output=True, text=True
     )
     received = split.stdout.split("\0")[:-1]
+    assert {"--wait=300", "--kill-on-bad-exit=0", "-u"} <= {*received}
     received = received[received.index(str(script)) + 1 :]
     assert received[:2] == ["--output_dir", str(ROOT / "output/X")]
     assert received[2:] == [w for w in words if w != "--"]
@@ -236,8 +238,12 @@ def test_absent_slurm_says_how_to_run_without(tmp_path):
 @pytest.mark.parametrize(
     "words, named",
     [
-        (["Pretrian.py"], "Pretrain.py"),
+        (["Pretrian.py"], "there are Classification.py, .*, Pretrain.py, Rec.*, main.py$"),
         (["Pretrain.py", "--nodes", "0"], "--nodes 0: give 1 or more"),
+        (["Pretrain.py", "--cpus", "0"], "--cpus 0: give 1 or more"),
+        (["Pretrain.py", "--signal-delay", "-1"], "--signal_delay -1: give 0 or more"),
+        (["Pretrain.py", "--mem", "inf"], "--mem inf: give 0 or more"),
+        (["Pretrain.py", "--sbatch", "array=0-3"], "--sbatch array=0-3: every task would be the"),
         (["Pretrain.py", "--tasks", "0"], "--tasks 0: give 1 or more"),
         (["Pretrain.py", "--timeout", "2"], r"--timeout 2 \(minutes\): Slurm would warn 120"),
         (["Pretrain.py", "--mem", "-0.5"], "--mem -0.5: give 0 or more"),
@@ -257,9 +263,76 @@ def test_a_mistake_is_one_clear_message(words, named):
         run_with_submitit.main([*words, "--dry-run"])
 
 
-def test_behind_the_dashes_too_nothing_goes_to_the_queue_that_the_script_refuses():
+def test_behind_the_dashes_too_nothing_goes_to_the_queue_that_the_script_refuses(tmp_path):
     with pytest.raises(UserError, match=r"VE.py: duration .many.: write"):
         run_with_submitit.main(["VE.py", "--dry-run", "--", "--epochs", "many"])
+    clip = ["--model", "CLIP_RT_CLIP", "--dry-run", "--"]
+    with pytest.raises(UserError, match=r"main.py: --momentum is for .*BYOLIP"):
+        run_with_submitit.main([*clip, "--momentum", "true"])
+    zeroshot = ["eval_zeroshot.py", "--dry-run", "--job_dir"]
+    with pytest.raises(UserError, match="add --checkpoint FILE, or the folder of a run"):
+        run_with_submitit.main([*zeroshot, f"{tmp_path}/none"])
+    run_with_submitit.main([*zeroshot, str(tmp_path)])
+
+
+def test_files_that_are_not_on_this_machine_are_named(capsys, tmp_path):
+    (tmp_path / "here.json").touch()
+    words = ["--train_file", f"{tmp_path}/here.json", "lost.json", "s3://b/c.json", "p?.json"]
+    words += ["data/digitscenes/pretrain_train.json", "--vision_weights", "timm/vit_tiny"]
+    words += ["--image_tokenizer_path", "random", "--image_root", "no/folder", "--output_dir", "O"]
+    run_with_submitit.main([*SLURM, "--dry-run", "--", *words])
+    said = "note: not on this machine: --train-file lost.json, --image-root no/folder\n"
+    assert capsys.readouterr().err == said
+    evaluation = [
+        "--config",
+        "configs/Retrieval/flickr.yaml",
+        "--evaluate",
+        "--test_file",
+        "t.json",
+    ]
+    evaluation += ["--image_root", ".", "--checkpoint", "README.md"]
+    run_with_submitit.main(["Retrieval.py", "--dry-run", "--", *evaluation])
+    assert capsys.readouterr().err.startswith("note: not on this machine: --test-file t.json")
+    shards = [
+        "--bpe_path",
+        "trained",
+        "--dataset",
+        "wds",
+        "--metadata",
+        "no.pkl",
+        "--shards",
+        "x.tar",
+    ]
+    run_with_submitit.main(["--dry-run", "--", *shards])
+    assert not capsys.readouterr().err
+
+
+def test_what_was_submitted_is_said_and_kept(capsys, tmp_path, monkeypatch):
+    programs = stand_in_slurm(tmp_path / "bin", monkeypatch)
+    words = ["--", "--alpha", "0.3"]
+    run_with_submitit.main([*SLURM, "--job-dir", f"{tmp_path}/jobs/%j", *words])
+    folder = tmp_path / "jobs/101"
+    said = capsys.readouterr().out
+    assert f"job 101: Pretrain.py on 2 x 4 processes -> {folder}\n" in said
+    assert "runs    Pretrain.py --alpha 0.3\n" in said and "scancel 101 " in said
+    assert f"tail -F {folder}/slurm/101_0_log.out\n" in said
+    assert (folder / "slurm/job").read_text() == "101\n"
+    given, command = lines(programs / "1.sh")
+    assert not any(each.startswith(("--error", "--wckey")) for each in given)
+    assert command[-4:] == ["--output_dir", f"{tmp_path}/jobs/$SLURM_JOB_ID", "--alpha", "0.3"]
+    (programs / "running").write_text("PENDING\n")
+    with pytest.raises(UserError, match=rf"^{folder}: job 101 is pending and writes there"):
+        run_with_submitit.main([*SLURM, "--job-dir", str(folder), *words])
+
+
+def test_a_refused_job_leaves_nothing_behind(tmp_path, monkeypatch):
+    programs = stand_in_slurm(tmp_path / "bin", monkeypatch)
+    (programs / "sbatch").write_text("#!/bin/bash\necho 'invalid partition' >&2; exit 1\n")
+    (tmp_path / "used/slurm").mkdir(parents=True)
+    for folder in ("new/run", "new/%j", "used"):
+        with pytest.raises(UserError, match=r"^sbatch refused the job: .*invalid partition"):
+            run_with_submitit.main([*SLURM, "--job_dir", str(tmp_path / folder)])
+    assert not (tmp_path / "new").exists() and not list((tmp_path / "used/slurm").iterdir())
 
 
 def test_what_is_nearly_the_launchers_may_be_the_scripts(capsys, tmp_path):
@@ -270,6 +343,7 @@ def test_what_is_nearly_the_launchers_may_be_the_scripts(capsys, tmp_path):
     script.write_text(script.read_text() + "a.parse_known_args()\n")
     assert srun(preview(capsys, str(script), "--node-s", "2")).endswith("--node-s 2")
     assert srun(preview(capsys, str(script), "--", "--partion", "2")).endswith("--partion 2")
+    assert srun(preview(capsys, str(script), "--par", "nodes")).endswith("--par nodes")
     with pytest.raises(UserError, match="--nodess: no option"):
         run_with_submitit.main([str(script), "--nodess", "2", "--dry-run"])
 

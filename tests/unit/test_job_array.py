@@ -1,7 +1,6 @@
 """Work on shards in ranges: processes of a machine, tasks of a Slurm array, and what is missing."""
 
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from base.errors import UserError
 from base.processes import in_processes
 from runtime import job_array
 from runtime.job_array import Sharing, is_whole, need_all, own_range, submit_array
+from tests.helpers.stand_in_slurm import lines, stand_in_slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,6 +40,9 @@ def test_tasks_of_an_array_take_its_ranges(monkeypatch):
     assert is_whole(Sharing(merge=True)) and own_range(Sharing(merge=True), 8) == range(0)
     array_task(monkeypatch, MAX=11)
     with pytest.raises(UserError, match="has gaps"):
+        own_range(Sharing(), 8)
+    monkeypatch.delenv("SLURM_ARRAY_TASK_COUNT")
+    with pytest.raises(UserError, match="COUNT is not set; name the range: --range"):
         own_range(Sharing(), 8)
 
 
@@ -129,34 +132,18 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path, method):
 # ---- the array
 @pytest.fixture
 def sbatch(tmp_path, monkeypatch):
-    """A stand-in that keeps batch files as 1.sh, 2.sh … and numbers the jobs 101, 102 …"""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    keep = f'n=$(ls {folder} | grep -c "[0-9].sh$"); n=$((n + 1)); cp "$1" {folder}/$n.sh'
-    programs = {
-        "sbatch": f"{keep}; echo Submitted batch job $((100 + n))",
-        "srun": "",
-        "squeue": f"cat {folder}/running 2>/dev/null",
-    }
-    for name, body in programs.items():
-        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setattr(sys, "argv", ["scripts/data/pack.py", "--data", "a b.csv", "--slurm", "4"])
-    return folder
+    return stand_in_slurm(tmp_path / "bin", monkeypatch)
 
 
-def lines(file):
-    text = file.read_text().splitlines()
-    options = {line.removeprefix("#SBATCH ") for line in text if line.startswith("#SBATCH")}
-    return options, shlex.split(next(line for line in text if line.startswith("srun ")))
-
-
-def test_an_array_and_its_merge_are_submitted(sbatch, tmp_path, capsys):
-    sharing = Sharing(slurm=4, cpus=3, minutes=7, sbatch=["partition=cpu", "mem=2G"])
+def test_an_array_and_its_merge_are_submitted(sbatch, tmp_path, capsys, monkeypatch):
+    further = ["partition=cpu", "mem=2G", "dependency=afterok:7"]
+    sharing = Sharing(slurm=4, cpus=3, minutes=7, sbatch=further)
     submit_array(sharing, 70_000, tmp_path / "out")
     options, command = lines(sbatch / "1.sh")
     assert {"--array=0-3%4", "--partition=cpu", "--mem=2G", "--time=7", "--requeue"} <= options
+    assert {"--signal=USR1@60", "--dependency=afterok:7"} <= options
+    assert not any(option.startswith(("--error", "--wckey")) for option in options)
     task = '"$SLURM_ARRAY_JOB_ID"_"$SLURM_ARRAY_TASK_ID"'
     assert f"requeue {task}\n" in (sbatch / "1.sh").read_text()
     assert f"squeue -h -j {task} " in (sbatch / "1.sh").read_text()
@@ -173,8 +160,16 @@ def test_an_array_and_its_merge_are_submitted(sbatch, tmp_path, capsys):
     (sbatch / "running").write_text("RUNNING\n")
     with pytest.raises(UserError, match="job 101,102 is running"):
         submit_array(sharing, 70_000, tmp_path / "out")
-    submit_array(Sharing(slurm=4), 2, tmp_path / "few")
-    assert "--array=0-1%2" in lines(sbatch / "3.sh")[0], "no task without a shard"
+    monkeypatch.chdir(tmp_path)
+    submit_array(Sharing(slurm=4, sbatch=["array=0-1%1"]), 2, Path("few"))
+    logs = f"--output={tmp_path}/few/slurm"
+    assert {f"{logs}/%A_%a_0_log.out", "--array=0-1%1"} <= lines(sbatch / "3.sh")[0]
+    merge = lines(sbatch / "4.sh")[0]
+    assert "--dependency=afterany:103" in merge and "--array=0-1%1" not in merge
+    for count, tasks in ((2, "--array=0-1%2"), (0, "--array=0-0%1")):
+        submit_array(Sharing(slurm=4), count, tmp_path / f"{count}")
+        number = len(list(sbatch.glob("*.sh"))) - 1  # the merge is the last
+        assert tasks in lines(sbatch / f"{number}.sh")[0], "no task without a shard"
 
 
 def test_a_refused_job_is_named_once_and_what_is_in_the_queue_is_said(sbatch, tmp_path, capsys):
@@ -183,6 +178,7 @@ def test_a_refused_job_is_named_once_and_what_is_in_the_queue_is_said(sbatch, tm
     (sbatch / "sbatch").write_text(f"#!/bin/bash\n{refuse}\n")
     with pytest.raises(UserError, match=r"^sbatch refused the job: .*SubmitJobPerUserLimit$"):
         submit_array(Sharing(slurm=4), 9, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     (sbatch / "sbatch").write_text(f"{real}[ $n = 1 ] || {{ {refuse}; }}\n")  # room for one
     with pytest.raises(UserError, match=r"^job 101 is submitted, but not .*Limit; .* with --merge"):
         submit_array(Sharing(slurm=4), 9, tmp_path / "out")
@@ -200,5 +196,6 @@ def test_where_an_array_cannot_be_submitted_one_sentence_says_what_to_do(monkeyp
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="use python instead of torchrun"):
         submit_array(Sharing(slurm=4), 9, tmp_path)
-    with pytest.raises(UserError, match="leave out --range and --merge"):
-        submit_array(Sharing(slurm=4, merge=True), 9, tmp_path)
+    for other in ({"merge": True}, {"range": "0/4"}):
+        with pytest.raises(UserError, match="leave out --range and --merge"):
+            submit_array(Sharing(slurm=4, **other), 9, tmp_path)

@@ -202,8 +202,8 @@ def nxtp_learning_rate(
     done = step - 1
     if done < 0:
         return peak
-    if done <= warmup:
-        return peak * done / max(1, warmup)
+    if done < warmup:
+        return peak * done / warmup
     factor = 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1, total - warmup)))
     return schedule.min_lr + (peak - schedule.min_lr) * factor
 

@@ -112,6 +112,15 @@ def test_a_warmup_longer_than_training_is_cut():
     assert at(99) == pytest.approx(0.99)
 
 
+@pytest.mark.parametrize(
+    "sched", ["cosine", "linear", "constant", "rocket", "vit_cosine", "vit_linear", "nxtp"]
+)
+def test_without_a_warmup_training_begins_at_the_peak(sched):
+    schedule = Schedule(sched=sched, warmup="0 steps", warmup_lr=0.0, min_lr=0.0)
+    at = learning_rate(schedule, 1.0, total=100, **SIZES)
+    assert at(0) == 1 and 0.98 <= at(1) <= 1
+
+
 def test_ramp():
     assert [ramp(step, 4) for step in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
     assert ramp(0, 0) == 1

@@ -178,14 +178,16 @@ NOT_LOADED = ("momentum_model.*", "text_model.pooler.*")
 def names_by_decay(model: nn.Module, original: bool = False) -> tuple[list[str], list[str]]:
     """Trainable parameters with and without weight decay, each in module order.
 
-    Without: vectors and scalars, token and position embeddings, tables of positions, the class
-    token, and what timm lists for its towers. `original` follows clip-rocket: without are vectors,
-    scalars and whatever has `bias`, `ln` or `bn` in its name; embeddings decay. ALIGN: without are
-    the parameters of batch norms alone.
+    Without: vectors and scalars, embedding tables, position embeddings, the class token, and what
+    timm lists for its towers. `original` follows clip-rocket: without are vectors, scalars and
+    whatever has `bias`, `ln` or `bn` in its name; embeddings decay. ALIGN: without are the
+    parameters of batch norms alone.
     """
-    embeddings = ("positional_embedding", "token_embedding", "cls_token", "pos_embed")
-    substrings = ("bias", "ln", "bn") if original else (*embeddings, *POSITION_TABLES)
-    listed = set() if original else without_decay(model)
+    substrings = ("positional_embedding", "cls_token", "pos_embed", *POSITION_TABLES)
+    listed = without_decay(model) | embedding_tables(model)
+    if original:
+        substrings = ("bias", "ln", "bn")
+        listed = set()
     free_names = model.free_of_decay() if hasattr(model, "free_of_decay") else None
     decay = []
     no_decay = []
@@ -198,3 +200,9 @@ def names_by_decay(model: nn.Module, original: bool = False) -> tuple[list[str],
             free = parameter.ndim < 2 or any(part in name for part in substrings) or name in listed
         (no_decay if free else decay).append(name)
     return decay, no_decay
+
+
+def embedding_tables(model: nn.Module) -> set[str]:
+    """Names of the tables of tokens and positions, whatever a library's text tower calls them."""
+    tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    return {f"{name}.weight" for name in tables}

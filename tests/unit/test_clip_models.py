@@ -245,6 +245,10 @@ def test_decay_groups():
         "visual.pos_embed",
     } <= set(no_decay)
     assert "token_embedding.weight" in names_by_decay(model, original=True)[0]
+    words, dense = torch.nn.Embedding(3, 2), torch.nn.Linear(2, 2)
+    tower = torch.nn.ModuleDict({"position_embeddings": words, "dense": dense})
+    of_library = torch.nn.ModuleDict({"text_tower": tower})
+    assert names_by_decay(of_library)[0] == ["text_tower.dense.weight"]
 
 
 def test_the_momentum_teacher_follows():

@@ -69,7 +69,7 @@ class Config(ClassificationRunConfig):
     evaluate: bool = knob(False, "no training: score --checkpoint on val_data")
     network: ClassifierConfig = section(ClassifierConfig, flat=True)
     ema_decay: float = knob(0.0, "decay of the weights' average to evaluate; 0 = none", low=0)
-    ema_start: int = knob(0, "first updates in which the average is the weights themselves", low=0)
+    ema_start: int = knob(0, "update that the average begins at; before, it is the weights", low=0)
     # the data: class folders, .jsonl of COYO-Labeled-300M, shards, or torchvision/NAME:SPLIT
     train_data: list[str] = knob([], "training data: folders, lists, shards, torchvision's sets")
     val_data: str | None = knob(None, "the same for validation; none = no validation")

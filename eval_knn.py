@@ -11,7 +11,7 @@
 
 Checkpoints: of Classification.py, of main.py (and other dual encoders that eval_zeroshot.py takes),
 of Pretrain.py and its fine-tuning scripts, or ViTs under the names of timm, Hugging Face, COYO-ViT,
-DINO, DINOv2, MoCo v3 and MAE. What their weights do not tell (pixels, activation, eps) is read from
+DINO, DINOv2, MoCo v3 and MAE. What their weights do not say (pixels, activation, eps) is read from
 config.json and preprocessor_config.json beside them, else asked for.
 knn1 is the class of the image of highest cosine similarity, as COYO-ALIGN counts ImageNet kNN; larger
 k vote with equal weights, and with exp(cosine / temperature) as DINO. Features are computed once and
@@ -81,10 +81,10 @@ class Config(ProbeOptions, EvaluationConfig):
     output_dir: Path = knob(Path("output/eval_knn"), "where result/ is written")
     model: str | None = knob(
         None,
-        "timm/NAME, open_clip/NAME:TAG, hf/NAME-or-folder; or a name where the file tells none",
+        "timm/NAME, open_clip/NAME:TAG, hf/NAME-or-folder; or a name that the file lacks",
     )
     pretrained: bool = knob(False, "timm fetches its weights, as it does by default", rare=True)
-    mean: tuple[float, float, float] | None = knob(None, "of the pixels, if no file tells")
+    mean: tuple[float, float, float] | None = knob(None, "of the pixels, if no file has it")
     std: tuple[float, float, float] | None = knob(None, "of the pixels, likewise", low=1e-6)
     activation: str | None = knob(
         None, "of a ViT, likewise: gelu (exact) or gelu_tanh", choices=("gelu", "gelu_tanh")
@@ -110,7 +110,7 @@ class Config(ProbeOptions, EvaluationConfig):
     classes: Path | None = knob(
         None, "file with the name of one class a line; none = the class folders' or torchvision's"
     )
-    num_classes: int = knob(1000, "classes, where nothing else tells", low=1)
+    num_classes: int = knob(1000, "number of classes, if the data do not name them", low=1)
     download: bool = knob(False, "let torchvision fetch its data set")
     k: list[int] = knob([1, 10, 20], "numbers of neighbours", low=1)
     temperature: float = knob(0.07, "of the weighted votes", low=1e-6)

@@ -65,7 +65,7 @@ class Config(CatalogOptions, EvaluationConfig):
     checkpoint: Path | None = knob(None, "file or run directory [output_dir]")
     output_dir: Path = knob(Path("output/eval_zeroshot"), "where result/ is written")
     model: str | None = knob(None, "open_clip/NAME:TAG or hf/NAME; or CL2L_R50_CL2L, … of the file")
-    mean: tuple[float, float, float] | None = knob(None, "of the pixels, if no file tells")
+    mean: tuple[float, float, float] | None = knob(None, "of the pixels, if no file has it")
     std: tuple[float, float, float] | None = knob(None, "of the pixels, likewise", low=1e-6)
     model_name: str = knob("", "how to call the model in the report")
     results: Path | None = knob(None, "JSON lines of CLIP_benchmark's rows [result/results.jsonl]")

@@ -39,7 +39,7 @@ class TextOptions:
         "all views of a sample show one caption, or (multi) each draws its own",
         choices=("single", "multi"),
     )
-    text_augment: bool = knob(False, "stop words and the four operations at all")
+    text_augment: bool = knob(False, "remove stop words, and alter local views by four operations")
     clean_before_augment: bool = knob(
         False, "clean and lower-case captions before, not only after, the operations"
     )

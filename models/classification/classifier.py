@@ -61,7 +61,7 @@ class ClassifierConfig:
         224, "side of the images in pixels, a multiple of the patch size", low=1, high=SIDE
     )
     num_classes: int = knob(
-        21841, "where neither class folders nor a list of classes tells", low=1, high=CLASSES
+        21841, "number of classes, if the data do not name them", low=1, high=CLASSES
     )
     representation_size: int = knob(
         0, "width of the tanh layer before the head; 0 = none, as in fine-tuning", low=0, high=WIDTH
@@ -289,8 +289,8 @@ def dense_targets(labels: Tensor, weights: Tensor, classes: int) -> Tensor:
 def ema_decay(updates: int, largest: float, start: int = 0) -> float:
     """Decay of the weights' moving average after update number `updates` (the first is 1).
 
-    min(largest, (1 + k) / (10 + k)) with k = updates - start, which grows with the updates; 0 up to
-    `start` updates, in which the average is the weights themselves.
+    min(largest, (1 + k) / (10 + k)) with k = updates - start, which grows with the updates; 0 before
+    update `start`, so that the average is the weights themselves.
     """
     k = updates - start
     return min(largest, (1 + k) / (10 + k)) if k >= 0 else 0.0

@@ -40,7 +40,7 @@ class MomentumPairs:
 
     Build it after every wrapper is in place. Call `copy()` after loading weights into the online
     modules, and `update()` right before each forward pass: the momentum features of a step are
-    those after its update. Buffers are copied, but not averaged.
+    those after its update. `update` leaves buffers alone, `copy` copies them.
     """
 
     def __init__(self, model: nn.Module, momentum: float = 0.995):

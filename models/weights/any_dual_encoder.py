@@ -1,4 +1,4 @@
-"""A dual encoder for evaluation out of any checkpoint, whoever made it.
+"""Load a dual encoder for evaluation from any supported checkpoint.
 
 Ours, clip-rocket's, SLIP's, OpenAI's, open_clip's, Hugging Face's CLIP and ALIGN:
 

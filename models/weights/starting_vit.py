@@ -1,8 +1,8 @@
 """Weights that the ViT of SIMLA and ALBEF starts from: a file, or a model of timm or transformers.
 
 Ours normalises images by OpenAI's mean and std, has exact GELU and eps 1e-6. Another normalisation
-is folded into the patch convolution, which then computes the same; another activation or number of
-heads, of which the weights tell nothing, is refused.
+that is stated is folded into the patch convolution, which then computes the same; another
+activation or number of heads, which the weights alone do not show, is refused.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from base.distributed import say
 from base.errors import UserError, naming
 from base.pixels import OPENAI, RGB
 from models.classification.classifier import ClassifierConfig
@@ -22,7 +23,13 @@ from models.weights.libraries import library_encoder, timm_encoder
 from models.weights.loading import from_saved, load_checkpoint
 from models.weights.stated import check_stated
 from models.weights.vit import native
-from models.weights.vit_facts import OF_TRANSFORMERS, VitFacts, timm_described, timm_facts
+from models.weights.vit_facts import (
+    OF_TRANSFORMERS,
+    VitFacts,
+    known_facts,
+    timm_described,
+    timm_facts,
+)
 
 State = dict[str, Tensor]
 
@@ -61,9 +68,13 @@ def starting_vit(
     """
     library = str(source).partition("/")[0]
     if library not in ("timm", "hf") or source.exists():
-        weights = deit_weights(native(read_weights(source)), grid)
-        check_described(source, describe(source), heads)
-        return weights
+        weights = read_weights(source)
+        about = describe(source)
+        state = deit_weights(native(weights), grid)
+        check_described(source, about, heads)
+        facts = facts_of_file(weights, about)
+        check_activation(source, facts.activation or "gelu")
+        return state if facts.mean is None else with_pixels(source, state, facts.mean, facts.std)
     encoder = library_vit(str(source), read_weights)
     network = encoder.network
     if library == "timm":
@@ -73,7 +84,18 @@ def starting_vit(
         found = tuple(getattr(network.config, name, None) for name in names)
     check_facts(source, *found, heads)
     state = deit_weights(native(network.state_dict()), grid)
-    return fold_pixels(state, encoder.pixels.mean, encoder.pixels.std)
+    return with_pixels(source, state, encoder.pixels.mean, encoder.pixels.std)
+
+
+def facts_of_file(weights: State, about: Mapping[str, Any]) -> VitFacts:
+    """Pixels and activation that a run of Classification.py, the layout of the weights or the files
+    beside them state; None of a bare file, such as DeiT's, which ALBEF takes as it is."""
+    network = about.get("network", {})
+    if not str(network.get("model", "")).startswith("vit-"):
+        return known_facts(weights, about)
+    config = from_saved(ClassifierConfig, network)
+    mean, std = config.statistics
+    return VitFacts(mean, std, "gelu" if config.gelu == "none" else "gelu_tanh")
 
 
 def check_described(source: Path, about: Mapping[str, Any], heads: int) -> None:
@@ -96,11 +118,17 @@ def check_facts(source: Path, found: int | None, activation: str | None, heads: 
     ours."""
     if found is None:
         raise UserError(f"vision_weights {source}: no vision transformer")
+    check_activation(source, activation)
+    check_heads(source, found, heads)
+
+
+def check_activation(source: Path, activation: str | None) -> None:
+    """UserError where weights are of another activation."""
     if activation != "gelu":
         raise UserError(
-            f"vision_weights {source}: its activation is not this ViT's, the exact GELU"
+            f"vision_weights {source}: its activation is not this ViT's, the exact GELU "
+            "(Classification.py: --gelu none); give others"
         )
-    check_heads(source, found, heads)
 
 
 def check_heads(source: Path, found: int, heads: int) -> None:
@@ -120,6 +148,20 @@ def library_vit(source: str, read_weights: Callable[[Path], State]) -> ImageEnco
     weights = read_weights(Path(file)) if file else None
     any_view = VitFacts(resize=1)  # the images are those of the training
     return timm_encoder(name, weights, pretrained=not file, stated=any_view)
+
+
+def with_pixels(source: Path, state: State, mean: RGB, std: RGB) -> State:
+    """Weights of images that were normalised by another mean and std, for OpenAI's; a note where a
+    stem of convolutions, whose padding and batch norms know the former ones, must adapt."""
+    if (tuple(mean), tuple(std)) == OPENAI:
+        return state
+    if any(name.startswith("patch_embed.backbone.") for name in state):
+        say(
+            f"note: vision_weights {source}: its stem was trained on pixels of mean {mean} and std "
+            f"{std}, not {OPENAI[0]} and {OPENAI[1]} (Classification.py: --pixels clip)"
+        )
+        return state
+    return fold_pixels(state, mean, std)
 
 
 def fold_pixels(state: State, mean: RGB, std: RGB) -> State:

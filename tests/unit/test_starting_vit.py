@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from base.errors import UserError
-from base.pixels import OPENAI
+from base.pixels import OPENAI, STATISTICS
+from models.classification.classifier import ClassifierConfig, VisionClassifier
 from models.layers.vit import ViT, ViTConfig
 from models.weights.loading import load_checkpoint
 from models.weights.starting_vit import start_vision, starting_vit
@@ -66,30 +67,51 @@ def test_a_vit_of_transformers(tmp_path, image):
     mean, std = (0.1, 0.2, 0.3), (0.2, 0.3, 0.4)
     processor = transformers.ViTImageProcessor(image_mean=mean, image_std=std)
     processor.save_pretrained(tmp_path)
-    vit = ours(Path(f"hf/{tmp_path}"), depth=2, mlp_ratio=2.0)
     with torch.no_grad():
         expected = theirs(normalised(image, mean, std)).last_hidden_state
-        found = vit(image)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    plain = starting_vit(
-        tmp_path, read_weights, description_of, 2, 2
-    )  # as they are, for pixels of DeiT
-    assert torch.equal(plain["norm.weight"], theirs.layernorm.weight)
+    for source in (Path(f"hf/{tmp_path}"), tmp_path):
+        with torch.no_grad():
+            found = ours(source, depth=2, mlp_ratio=2.0)(image)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     for path in (tmp_path, tmp_path / "model.safetensors"):
         with pytest.raises(UserError, match=r"num_attention_heads is 2.* computes 4; set vision_h"):
             starting_vit(path, read_weights, description_of, 4, 2)
 
 
-def test_a_run_of_classification_has_the_heads_of_its_model(tmp_path):
-    from models.classification.classifier import ClassifierConfig, VisionClassifier
+def tokens_of(model, image):
+    x = model.embed(image)
+    for block in model.blocks:
+        x = block(x)
+    return model.norm(x)
 
-    sizes = {"model": "vit-mu/16", "image_size": 32}  # two heads
-    model = VisionClassifier(ClassifierConfig(**sizes))
-    torch.save({"model": model.state_dict(), "config": {"network": sizes}}, tmp_path / "run.pt")
-    weights = starting_vit(tmp_path / "run.pt", read_weights, description_of, 2, 2)
-    assert torch.equal(weights["norm.weight"], model.norm.weight)
+
+def classification_run(folder, **options) -> tuple[VisionClassifier, Path]:
+    """A network of two heads, and its checkpoint."""
+    options = {"model": "vit-mu/16", "image_size": 32, "gelu": "none", **options}
+    model = VisionClassifier(ClassifierConfig(**options)).eval()
+    torch.save({"model": model.state_dict(), "config": {"network": options}}, folder / "run.pt")
+    return model, folder / "run.pt"
+
+
+@pytest.mark.parametrize("pixels", ["half", "clip"])
+def test_a_run_of_classification_computes_the_same(tmp_path, image, pixels):
+    model, file = classification_run(tmp_path, pixels=pixels)
+    vit = ours(file, width=32, depth=2, mlp_ratio=4.0)
+    with torch.no_grad():
+        expected = tokens_of(model, normalised(image, *STATISTICS[pixels]))
+        torch.testing.assert_close(vit(image), expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(UserError, match="2 attention heads; set vision_heads to it"):
-        starting_vit(tmp_path / "run.pt", read_weights, description_of, 4, 2)
+        starting_vit(file, read_weights, description_of, 4, 2)
+
+
+def test_what_a_run_computes_otherwise_is_said(tmp_path, capsys):
+    _, file = classification_run(tmp_path, gelu="tanh")
+    with pytest.raises(UserError, match=r"the exact GELU .*--gelu none"):
+        starting_vit(file, read_weights, description_of, 2, 2)
+    model, file = classification_run(tmp_path, stem=(8, 16))
+    weights = starting_vit(file, read_weights, description_of, 2, 2)
+    assert torch.equal(weights["patch_embed.proj.weight"], model.patch_embed.proj.weight)
+    assert "its stem was trained on pixels of mean (0.5, 0.5, 0.5)" in capsys.readouterr().out
 
 
 def test_what_is_no_such_vit_is_refused(tmp_path):

@@ -51,8 +51,12 @@ def main(config: Config) -> None:
             if not re.fullmatch(r"[\w-]+", split):  # it becomes the name of a file
                 raise UserError(f"{source}: split {split!r:.60} is no word; fix it")
             splits.setdefault(split, []).append(entry)
+    files = {split: config.output / f"{split}.json" for split in splits}
+    read = {source.resolve() for source in config.source}
+    if own := [file for file in files.values() if file.resolve() in read]:
+        raise UserError(f"--output {config.output}: holds {own[0]} itself; write to another folder")
     for split, entries in splits.items():
-        file = config.output / f"{split}.json"
+        file = files[split]
         write_json(file, entries)
         print(f"{file}: {len(entries):,} expressions")
 

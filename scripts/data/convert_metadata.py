@@ -38,6 +38,8 @@ class Config:
 def main(config: Config) -> None:
     if not config.metadata.is_file():
         raise UserError(f"--metadata {config.metadata}: no such file")
+    if config.output.resolve() == config.metadata.resolve():
+        raise UserError(f"--output {config.output}: is the metadata itself; name another file")
     left_out = LeftOut(config.metadata)
     rows = metadata_rows(config.dataset, config.metadata, load_plain, left_out)
     count = write_json_lines(config.output, rows)

@@ -120,7 +120,6 @@ def label_shard(shard: str, target: Path, settings: tuple) -> dict[str, int]:
                 counts["successes"] += 1
             else:  # kept: evaluation counts the image, training passes over it
                 counts["without_nouns" if caption.strip() else "without_caption"] += 1
-            sample.members.pop("nouns", None)
             sample.members["nouns"] = join_nouns(found).encode()
             for ending, data in sample.members.items():
                 add_member(archive, f"{sample.key}.{ending}", data)
@@ -167,7 +166,7 @@ def targets_of(shards: list[str], config: Config) -> list[Path]:
             f"{config.source}: several shards are called {twice[0].name}; label their folders one by one"
         )
     for shard, target in zip(shards, targets, strict=True):
-        if Path(shard).absolute() == target.absolute():
+        if Path(plain_name(shard)).resolve() == target.resolve():
             raise UserError(
                 f"{config.target}: holds the shards themselves; write to another folder"
             )

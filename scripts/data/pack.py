@@ -210,6 +210,9 @@ def pack(config: Config) -> dict[str, int]:
     make_folder(config.target, "--target")
     own = own_range(config.sharing, total)
     todo = [shard for shard in own if not is_packed(shard, rows, config, state)]
+    if again := sum(shard_path(config.target, shard).exists() for shard in todo):
+        why = "damaged or of other data, images or settings"
+        print(f"{config.target}: {again} shards there are {why}: replacing them", file=sys.stderr)
     done = {"shards": len(own), "kept": len(own) - len(todo), "samples": 0, "failed": 0}
     work = partial(pack_shard, config=config, state=state)
     results = in_processes(work, todo, config.workers)

@@ -61,7 +61,7 @@ def images(config: Config) -> Iterator[tuple[str, list[str]]]:
 def sample_key(name: str, taken: set[str]) -> str:
     """The key of an image's members: its name up to the ending, once in all shards. A dot ends a
     key where shards are read, so that each becomes an underscore."""
-    stem = Path(name).stem.replace(".", "_") or "image"
+    stem = Path(name).stem.replace(".", "_")
     key, number = stem, 1
     while key in taken:
         number += 1

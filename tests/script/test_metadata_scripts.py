@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from base.errors import UserError
+from dataset.tasks.captions import metadata_rows
 from runtime.config.cli import parse
 from scripts.data import convert_metadata, make_dataset
 
@@ -121,3 +122,30 @@ def test_conversion(digitscenes, tmp_path, capsys):
     assert len(rows) == 64 and rows[3]["image"] == "images/00/000.zip/003.jpg"
     with pytest.raises(UserError, match="--output"):
         convert_metadata.main(parse(convert_metadata.Config, ["--metadata", "x"]))
+    assert capsys.readouterr().out == f"{tmp_path}/o.jsonl: 64 samples\n"
+
+
+def test_conversion_counts_what_is_left_out_and_replaces_no_metadata(tmp_path, capsys, monkeypatch):
+    def with_a_fault(*arguments):
+        yield from metadata_rows(*arguments)
+        arguments[-1].add("entry 7: no image")
+
+    monkeypatch.setattr(convert_metadata, "metadata_rows", with_a_fault)
+    rows = [{"image_id": 2, "caption": "a dog"}]
+    (tmp_path / "captions_x.json").write_text(json.dumps({"images": [], "annotations": rows}))
+    (tmp_path / "link.json").symlink_to(tmp_path / "captions_x.json")
+
+    def run(metadata, output):
+        flags = ["--dataset", "coco", "--metadata", f"{tmp_path}/{metadata}"]
+        flags += ["--output", f"{tmp_path}/{output}"]
+        convert_metadata.main(parse(convert_metadata.Config, flags))
+
+    before = (tmp_path / "captions_x.json").read_text()
+    with pytest.raises(UserError, match=r"--output .*link\.json: is the metadata itself"):
+        run("captions_x.json", "link.json")
+    with pytest.raises(UserError, match=r"--metadata .*none\.json: no such file"):
+        run("none.json", "o.jsonl")
+    run("captions_x.json", "o.jsonl")
+    assert (tmp_path / "captions_x.json").read_text() == before
+    said = capsys.readouterr().out
+    assert "o.jsonl: 1 samples\n" in said and "1 entries are left out, such as entry 7:" in said

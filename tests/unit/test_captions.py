@@ -3,6 +3,7 @@
 import json
 import pickle
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from base.errors import BadSample, UserError
 from base.writing import write_json_lines
 from base.zip_member import read_member
 from dataset.images.clip import ImageViews, ViewOptions
+from dataset.sources.shard_list import samples_of
 from dataset.sources.shards import read_shard
 from dataset.tasks.captions import (
     CaptionCollate,
@@ -29,6 +31,7 @@ from dataset.text.bpe import ClipTokenizer
 from runtime.safe_pickle import load_plain
 from scripts.data import pack_karpathy
 from scripts.data.pack_coco import Config as PackConfig
+from scripts.data.pack_coco import main as pack_main
 from scripts.data.pack_coco import pack, sample_key
 
 
@@ -227,15 +230,67 @@ def test_names_with_dots_are_packed_and_read_back(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / "images" / name)
     listed = [{"id": n, "file_name": name} for n, name in enumerate(names)]
     annotations = [{"image_id": n, "caption": name} for n, name in enumerate(names)]
-    (tmp_path / "captions_x.json").write_text(
+    (tmp_path / "captions_x.JSON").write_text(
         json.dumps({"images": listed, "annotations": annotations})
     )
     target = tmp_path / "out"
     target.mkdir()
-    config = PackConfig(tmp_path / "captions_x.json", tmp_path / "images", target)
+    config = PackConfig(tmp_path / "captions_x.JSON", tmp_path / "images", target)
     assert pack(config)["images"] == 4
     found = [record["caption"] for record in read_shard(str(target / "00000.tar"))]
     assert found == list(names)
+
+
+def test_narratives_are_packed(tmp_path):
+    (tmp_path / "val").mkdir()
+    for name in ("a", "3.0", "7"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"val/{name}.jpg")
+    rows = [("a", "one. "), ("3.0", "a"), ("a", "two. "), (7, "b"), ("lost", "c")]
+    lines = [json.dumps({"image_id": name, "caption": text}) for name, text in rows]
+    (tmp_path / "n.jsonl").write_text("\n".join(lines))
+    config = PackConfig(tmp_path / "n.jsonl", tmp_path / "val", tmp_path / "out")
+    config.samples_per_shard = 2
+    assert pack(config) == {"shards": 2, "images": 3, "missing_images": 1, "without_caption": 0}
+    shards = [str(tmp_path / f"out/0000{number}.tar") for number in range(2)]
+    assert samples_of(shards) == [2, 1]
+    notes = [json.loads(record["json"]) for shard in shards for record in read_shard(shard)]
+    assert [(note["path"], note["cap"], note["split"]) for note in notes] == [
+        ("a.jpg", "one. two.", "val"), ("3.0.jpg", "a", "val"), ("7.jpg", "b", "val")
+    ]  # fmt: skip
+    config.split = "train"
+    pack(config)
+    assert json.loads(next(iter(read_shard(shards[0])))["json"])["split"] == "train"
+    config.samples_per_shard = 9
+    with pytest.raises(UserError, match=r"00001\.tar: one of 1 shards"):
+        pack(config)
+    (tmp_path / "n.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"n\.jsonl: no captions in it"):
+        pack(replace(config, target=tmp_path / "empty"))
+    with pytest.raises(UserError, match=r"s3://b/t: .*--target"):
+        pack_main(replace(config, target="s3://b/t"))
+    with pytest.raises(UserError, match=r"x\.json: no such file of captions"):
+        pack_main(replace(config, captions=tmp_path / "x.json"))
+
+
+def test_karpathys_shards_have_a_caption_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack_karpathy, "PER_SHARD", 2)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    sentences = [{"raw": "a dog\nat play", "sentid": 0}, {"raw": "un chien", "sentid": 1}]
+    entry = {"filename": "a.jpg", "split": "test", "imgid": 3, "sentences": sentences}
+    (tmp_path / "d.json").write_text(json.dumps({"images": [entry] * 3}))
+    words = [str(tmp_path / "d.json"), "--images", str(tmp_path), "--out"]
+    for _ in range(2):  # again, over what is there
+        assert pack_karpathy.main([*words, str(tmp_path / "test.tfrecord")]) == 0
+        assert pack_karpathy.main([*words, str(tmp_path / "o"), "--format", "webdataset"]) == 0
+    shards = [read_shard(str(tmp_path / f"o/test/{number}.tar")) for number in range(2)]
+    records = [record for shard in shards for record in shard]
+    assert len({record["key"][-7:] for record in records}) == 3
+    assert records[2]["caption"] == "a dog at play\nun chien"
+    assert (tmp_path / "o/test/nshards.txt").read_text() == "2\n"
+    assert (tmp_path / "o/dataset_type.txt").read_text() == "retrieval\n"
+    (tmp_path / "a.jpg").unlink()
+    assert pack_karpathy.main([*words, str(tmp_path / "o"), "--format", "webdataset"]) == 2
+    assert not (tmp_path / "o/test/nshards.txt").exists(), "of an unfinished packing"
 
 
 def test_karpathys_records_train(tmp_path):

@@ -63,7 +63,14 @@ from dataset.tasks.zeroshot import CaptionedImages, ShardImages, class_folders, 
 from runtime.checkpoint import find_damage
 from runtime.config.yaml import read_yaml
 from runtime.safe_pickle import load_plain
-from scripts.data import convert_prompts, pack, pack_coco, pack_karpathy, train_vocabulary
+from scripts.data import (
+    convert_expressions,
+    convert_prompts,
+    pack,
+    pack_coco,
+    pack_karpathy,
+    train_vocabulary,
+)
 from tests.helpers.images import of_colour
 
 APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X\xff"  # how a `._` file begins
@@ -544,11 +551,46 @@ def test_images_of_karpathys_file(tmp_path, form, change, said, capsys):
         shard = out if form == "tfrecord" else out / "test/0.tar"
         (record,) = read_shard(str(shard))
         assert as_list(captions_of(record)) == ["x"]
+        given = change.get("imgid", 3)
+        given = str(given) if given == 10**30 else given
+        if form == "webdataset":
+            assert parse_json(record["json"], "x")["imgid"] == given
+        elif given is None:
+            assert not {"image/id", "captions/id"} & {*record}
+        else:
+            assert record["image/id"] == [given if given == 3 else given.encode()]
 
 
 def test_prompts_of_a_folder_that_is_no_clone_of_clip(tmp_path, capsys):
     assert convert_prompts.main(tmp_path) == 2
     assert f"{tmp_path}/notebooks/Prompt_Engineering" in capsys.readouterr().err
+
+
+def test_expressions_become_a_list_a_split(tmp_path, capsys):
+    def mdetr(name, *texts):
+        images = [{"id": n, "file_name": "a.jpg", "caption": text} for n, text in enumerate(texts)]
+        boxes = [{"image_id": n, "bbox": [0, 0, 4, 4]} for n in range(len(texts))]
+        content = {"images": images, "annotations": boxes}
+        (tmp_path / name).write_text(json.dumps(content))
+        return tmp_path / name
+
+    def run(output, *sources):
+        convert_expressions.main(convert_expressions.Config(list(sources), tmp_path / output))
+        return capsys.readouterr().out
+
+    files = [mdetr("x_train.json", "a", "b"), mdetr("y_train.json", "c"), mdetr("x_val.json", "d")]
+    said = f"{tmp_path}/out/train.json: 3 expressions\n{tmp_path}/out/val.json: 1 expressions\n"
+    assert run("out", *files) == said
+    made = json.loads((tmp_path / "out/train.json").read_text())
+    assert [row["text"] for row in made] == ["a", "b", "c"]
+    assert made[0] == {"image": "a.jpg", "text": "a", "bbox": [0, 0, 4, 4], "split": "train"}
+    own = mdetr("train.json", "e")
+    before = own.read_text()
+    with pytest.raises(UserError, match=r"holds .*/train\.json itself; write to another folder"):
+        run(".", files[2], own)
+    assert own.read_text() == before and not (tmp_path / "val.json").exists()
+    with pytest.raises(UserError, match=r"x_a b\.json: split 'a b' is no word"):
+        run("out", mdetr("x_a b.json", "f"))
 
 
 def test_captions_that_are_null_are_left_out_and_counted(tmp_path):

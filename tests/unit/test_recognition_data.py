@@ -391,6 +391,63 @@ def test_labelled_shards_are_made_again_for_other_settings_or_sources(tmp_path, 
     assert target.stat().st_mtime_ns > made
     counts, _ = labelled_shard(tmp_path, monkeypatch, ("a wolf", "a dog", "a wolf"), ("nltk",))
     assert counts["successes"] == 3
+    one, other = (extract_nouns.state_of(f"{shard}?caption={name}", ()) for name in "ab")
+    assert one != other
+    with monkeypatch.context() as patch:  # killed before the statistics of the new shard
+        patch.setattr(extract_nouns, "write_json", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            extract_nouns.label_shard(shard, target, ())
+    assert not (target.parent / "0_stats.json").exists()
+
+
+def test_what_is_damaged_or_labelled_already(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(extract_nouns, "extractor", lambda *_: stand_in)
+    about = {"0": b"{}", "1": b'"a dog"', "2": b'"a wolf"'}  # the first is no text
+    samples = {
+        key: {"jpg": jpeg(), "json": b'{"cap": %s}' % text, "nouns": b"cat"}
+        for key, text in about.items()
+    }
+    write_shard(tmp_path / "0.tar", samples)
+    whole = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(whole[:-11_000])  # ends in the last sample
+    shard = f"{tmp_path}/0.tar?caption=json.cap"
+    counts = extract_nouns.label_shard(shard, tmp_path / "out.tar", ())
+    assert counts == {"successes": 1, "without_caption": 0, "without_nouns": 0, "damaged": 2}
+    said = capsys.readouterr().err
+    assert "0.tar?caption=json.cap/2: " in said and "0.tar?caption=json.cap/0" in said
+    with tarfile.open(tmp_path / "out.tar") as archive:
+        assert archive.getnames() == ["1.jpg", "1.json", "1.nouns", "1.txt"]
+        assert archive.extractfile("1.nouns").read() == b"dog"
+        assert archive.extractfile("1.txt").read() == b"a dog"
+
+
+def test_every_setting_reaches_the_nouns(monkeypatch):
+    monkeypatch.setattr(extract_nouns, "make_tagger", lambda *given: given)
+    monkeypatch.setattr(extract_nouns, "treebank_words", lambda folder: folder)
+    monkeypatch.setattr(extract_nouns, "Nouns", lambda tagger, **given: (tagger, given))
+    config = extract_nouns.Config(tagger="nltk", nltk_data="data", numbers=True)
+    made = extract_nouns.extractor.__wrapped__(*extract_nouns.settings_of(config))
+    assert made == (("nltk", "data"), {"words": "data", "numbers": True, "fixed": False})
+
+
+def test_shards_are_not_labelled_where_one_would_replace_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(extract_nouns, "extractor", lambda *_: stand_in)
+    for name in ("in/a/0.tar", "in/b/0.tar", "out/7.tar"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        write_shard(tmp_path / name, {"000": {"jpg": jpeg(), "txt": b"a dog"}})
+    (tmp_path / "link").symlink_to(tmp_path / "in/a")
+    for source, target, said in (
+        ("in", "x", "several shards are called 0.tar; label their folders one by one"),
+        ("in/a?caption=txt", "in/a", "holds the shards themselves"),
+        ("in/a", "link", "holds the shards themselves"),
+    ):
+        config = extract_nouns.Config(f"{tmp_path}/{source}", tmp_path / target, workers=1)
+        with pytest.raises(UserError, match=said):
+            extract_nouns.main(config)
+    with pytest.raises(UserError, match=r"s3://b/t: .*--target"):
+        extract_nouns.main(extract_nouns.Config(f"{tmp_path}/in/a", "s3://b/t"))
+    extract_nouns.main(extract_nouns.Config(f"{tmp_path}/in/a", tmp_path / "out", workers=1))
+    assert "out: also holds 1 shards of other sources" in capsys.readouterr().err
 
 
 def test_a_remote_shard_that_was_replaced_is_labelled_again(tmp_path, monkeypatch):
@@ -448,6 +505,7 @@ def test_ranges_of_shards_are_labelled_and_merged(tmp_path, monkeypatch, capsys)
     assert run("parts", range="0/2")["shards"] == 1
     with pytest.raises(UserError, match=r"parts: shards 1-2 of 0-2 are missing"):
         run("parts", merge=True)
+    assert run("none", range="0/9") == {"shards": 0}, "a task without a shard"
     assert run("parts", range="1/2")["shards"] == 2
     assert run("parts", merge=True) == whole
     for number in range(3):

@@ -11,7 +11,12 @@ from typing import Any
 from base.errors import UserError, brief
 from base.names import matching_files, nearest
 from base.text import as_list
-from runtime.config.old_commands import foreign_hint, recipe_of, recipe_of_nxtp
+from runtime.config.old_commands import (
+    foreign_hint,
+    recipe_of,
+    recipe_of_flags,
+    recipe_of_nxtp,
+)
 from runtime.config.schema import Schema
 from runtime.config.values import Option, show
 from runtime.config.yaml import line_of, parse_yaml, read_yaml
@@ -165,6 +170,11 @@ def checked_file(path: Path, above: tuple[Path, ...]) -> Path:
         recipe = recipe_of_nxtp(path)
         hint = f"; the recipe of that name is {recipe}" if recipe else ""
         raise UserError(f"{path}: a configuration is YAML, Python is not run{hint}")
+    if recipe := recipe_of_flags(path):
+        raise UserError(
+            f"{path}: a flag file of COYO-ALIGN; its recipe is {recipe}, and main.py --flagfile "
+            f"{path} says the whole command"
+        )
     if not path.is_file():
         raise UserError(f"{path}: no such file{hint_for_missing(path)}")
     if path.resolve() in above:

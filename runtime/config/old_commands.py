@@ -77,19 +77,51 @@ def recipe_of(path: str | Path) -> str | None:
 
 
 def foreign_hint(path: str | Path, values: Mapping) -> str | None:
-    """What to write in place of a configuration of BLIP or LAVIS; None where the `values` of a file
-    are of neither."""
-    model = values.get("model")
-    if isinstance(model, Mapping) and "arch" in model and "run" in values:
+    """What to write in place of a configuration of LAVIS, BLIP, COYO-ViT, timm or open_clip; None
+    where the `values` of a file are of none of them."""
+    as_flags = "to which give what differs as flags; docs/COMING_FROM.md has them"
+    model, data = values.get("model"), values.get("datasets")
+    if isinstance(model, Mapping) and "arch" in model:
+        return of_lavis(str(model["arch"]))
+    if (
+        isinstance(data, Mapping)
+        and data
+        and all(isinstance(each, Mapping) for each in data.values())
+    ):
         return (
-            f"a configuration of LAVIS ({model['arch']}); start from ALBEF's recipe in configs/ and give "
-            "what differs as flags: docs/COMING_FROM.md has those of its run section"
+            f"a configuration of LAVIS for its data ({', '.join(map(str, data))}); name the "
+            "annotation files and the folder of images in it by train_file, val_file, test_file "
+            "and image_root"
         )
-    if "vit_grad_ckpt" not in values:
+    if "vit_grad_ckpt" in values or values.get("vit") in ("base", "large"):
+        recipe = CONFIGS.get(Path(path).name.lower())
+        instead = f"; ALBEF's and SIMLA's recipe for these data is {recipe}" if recipe else ""
+        return f"a configuration of BLIP, whose networks are not here{instead}"
+    if values.keys() & {"hydra", "backbone", "backbone_name"}:
+        name = Path(path).stem if Path(path).stem in VIT_RECIPES else "vit_b16_i1k"
+        return f"a configuration of COYO-ViT; start from configs/Classification/{name}.yaml, {as_flags}"
+    if values.keys() >= {"data_dir", "reprob", "model_ema"}:
+        return f"what timm's train.py saved; start from configs/Classification/vit_b16_i1k.yaml, {as_flags}"
+    if values.keys() >= {"accum_freq", "force_quick_gelu"}:
+        return f"what open_clip's training saved; start from configs/main/rocket.yaml, {as_flags}"
+    return None
+
+
+def of_lavis(arch: str) -> str:
+    """What to write in place of a configuration of LAVIS for the network `arch`."""
+    if not arch.startswith("albef"):
+        return f"a configuration of LAVIS ({arch}), whose network is not here, only its albef_*"
+    return (
+        f"a configuration of LAVIS ({arch}); start from ALBEF's recipe in configs/ and give "
+        "what differs as flags: docs/COMING_FROM.md has those of its run section"
+    )
+
+
+def recipe_of_flags(path: str | Path) -> str | None:
+    """The recipe of a flag file of COYO-ALIGN, such as conf/cc3m.flags; None for any other file."""
+    if Path(path).suffix != ".flags":
         return None
-    recipe = CONFIGS.get(Path(path).name.lower())
-    instead = f"; ALBEF's and SIMLA's recipe for these data is {recipe}" if recipe else ""
-    return f"a configuration of BLIP, whose networks are not here{instead}"
+    return ALIGN_RECIPES["coyo700" if Path(path).stem.startswith("coyo700") else "cc3m"][0]
 
 
 def recipe_of_nxtp(path: str | Path) -> str | None:
@@ -139,7 +171,11 @@ def nxtp(words: Sequence[str]) -> str:
 def align(flags: Sequence[tuple[str, list[str]]]) -> str:
     """COYO-ALIGN's `main.py --flagfile FILE ...`, cut at its flags: (name, words that follow)."""
     files = [Path(word).stem for name, words in flags if name == "flagfile" for word in words]
-    values = {name: words[-1] for name, words in flags if words and name != "flagfile"}
+    values = {}
+    for name, words in flags:
+        for word in words if name == "flagfile" else ():
+            values |= flags_in(Path(word))
+    values |= {name: words[-1] for name, words in flags if words and name != "flagfile"}
     of_coyo = any(file.startswith("coyo700") for file in files)
     recipe, published, share = ALIGN_RECIPES["coyo700" if of_coyo else "cc3m"]
     of_file = ("efficientnet-b7", "bert-base") if "b7-base" in files else None
@@ -152,6 +188,15 @@ def align(flags: Sequence[tuple[str, list[str]]]) -> str:
     if "--accumulate" in batch:
         batch += ["--cache-features"]  # the micro-batches make one contrastive batch
     return command("main.py", given + batch, [key for key in values if key not in ALIGN_KEYS])
+
+
+def flags_in(file: Path) -> dict[str, str]:
+    """What a flag file of COYO-ALIGN sets, where it is there: a line is --name=value. UserError."""
+    from base.reading import read_lines  # the links to this file find no package at first
+
+    lines = read_lines(file) if file.is_file() else []
+    pairs = [line.strip().lstrip("-").partition("=") for line in lines]
+    return {name: value for name, equals, value in pairs if equals and name != "flagfile"}
 
 
 def with_recipes(words: Sequence[str]) -> list[str]:

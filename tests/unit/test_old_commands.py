@@ -140,16 +140,68 @@ def test_flag_files_of_coyo_align_say_the_new_command(files, more, model, batch,
     assert config.cache_features == (config.accumulate > 1)
 
 
-def test_a_configuration_of_blip_is_one_sentence(tmp_path):
-    (tmp_path / "retrieval_coco.yaml").write_text("vit: base\nvit_grad_ckpt: True\ninit_lr: 1e-5\n")
-    with pytest.raises(ValueError, match=r"of BLIP, .* is configs/Retrieval/coco\.yaml$") as error:
-        parse(main.Config, ["--config", str(tmp_path / "retrieval_coco.yaml")])
-    assert "\n" not in str(error.value)
-    (tmp_path / "ret.yaml").write_text("model: {arch: albef_retrieval}\nrun: {init_lr: 1e-5}\n")
-    with pytest.raises(
-        ValueError, match=r"of LAVIS \(albef_retrieval\); start from ALBEF"
-    ) as error:
-        parse(main.Config, ["--config", str(tmp_path / "ret.yaml")])
+def test_a_flag_file_that_is_there_is_read(tmp_path):
+    (tmp_path / "mine.flags").write_text("--train_steps=7\n--lr=0.003\n--batch_size=256\n")
+    flags = ["--flagfile", str(tmp_path / "mine.flags"), "--lr", "0.004"]
+    with pytest.raises(ValueError, match="; run: ") as error:
+        parse(main.Config, [*flags, "--outdir", "o", "--dataset_dir", "d"])
+    config = parsed(str(error.value).partition("=8 ")[2])
+    assert (config.duration, config.optimizer.lr) == ("7 steps", 0.004)
+    assert 8 * config.batch_size * config.accumulate == 256
+    with pytest.raises(ValueError, match="its recipe is configs/main/align_cc3m"):
+        parse(main.Config, ["--config", str(tmp_path / "mine.flags")])
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        (
+            "retrieval_coco.yaml",
+            "vit: base\nvit_grad_ckpt: True\ninit_lr: 1e-5\n",
+            r"of BLIP, .* is configs/Retrieval/coco\.yaml$",
+        ),
+        ("nocaps.yaml", "vit: base\nnum_beams: 3\n", "of BLIP, whose networks are not here$"),
+        (
+            "ret.yaml",
+            "model: {arch: albef_retrieval}\nrun: {init_lr: 1e-5}\n",
+            r"of LAVIS \(albef_retrieval\); start from ALBEF",
+        ),
+        (
+            "base.yaml",
+            "model: {arch: albef_vqa}\npreprocess: {}\n",
+            r"of LAVIS \(albef_vqa\); start",
+        ),
+        (
+            "opt.yaml",
+            "model: {arch: blip2_opt}\nrun: {}\n",
+            r"of LAVIS \(blip2_opt\), whose network",
+        ),
+        (
+            "ret.yaml",
+            "datasets: {coco_retrieval: {build_info: {}}}\n",
+            r"data \(coco_retrieval\); name",
+        ),
+        (
+            "vit_l16_coyo300m.yaml",
+            "defaults: [/loss: sigmoid]\nbackbone: {}\nloss: {config: {}}\n",
+            r"of COYO-ViT; start from configs/Classification/vit_l16_coyo300m\.yaml, ",
+        ),
+        (
+            "args.yaml",
+            "data_dir: d\nreprob: 0.1\nmodel_ema: true\n",
+            r"timm's train\.py saved; start",
+        ),
+        (
+            "params.txt",
+            "accum_freq: 1\nforce_quick_gelu: False\n",
+            "what open_clip's training saved",
+        ),
+    ],
+)
+def test_a_configuration_of_another_project_is_one_sentence(name, values, message, tmp_path):
+    (tmp_path / name).write_text(values)
+    with pytest.raises(ValueError, match=message) as error:
+        parse(main.Config, ["--config", str(tmp_path / name)])
     assert "\n" not in str(error.value)
 
 

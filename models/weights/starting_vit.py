@@ -72,7 +72,7 @@ def starting_vit(
         about = describe(source)
         state = deit_weights(native(weights), grid)
         check_described(source, about, heads)
-        facts = facts_of_file(weights, about)
+        facts = known_facts(weights, about)  # none of a bare file, such as ALBEF's DeiT
         check_activation(source, facts.activation or "gelu")
         return state if facts.mean is None else with_pixels(source, state, facts.mean, facts.std)
     encoder = library_vit(str(source), read_weights)
@@ -85,17 +85,6 @@ def starting_vit(
     check_facts(source, *found, heads)
     state = deit_weights(native(network.state_dict()), grid)
     return with_pixels(source, state, encoder.pixels.mean, encoder.pixels.std)
-
-
-def facts_of_file(weights: State, about: Mapping[str, Any]) -> VitFacts:
-    """Pixels and activation that a run of Classification.py, the layout of the weights or the files
-    beside them state; None of a bare file, such as DeiT's, which ALBEF takes as it is."""
-    network = about.get("network", {})
-    if not str(network.get("model", "")).startswith("vit-"):
-        return known_facts(weights, about)
-    config = from_saved(ClassifierConfig, network)
-    mean, std = config.statistics
-    return VitFacts(mean, std, "gelu" if config.gelu == "none" else "gelu_tanh")
 
 
 def check_described(source: Path, about: Mapping[str, Any], heads: int) -> None:

@@ -17,7 +17,7 @@ from base.errors import UnfitWeights, brief
 from base.libraries import timm_network
 from base.pixels import HALF, IMAGENET, RESAMPLING, RGB, STATISTICS, Pixels, processor_statistics
 from models.classification.classifier import ClassifierConfig, VisionClassifier
-from models.weights.loading import Differences, State
+from models.weights.loading import Differences, State, from_saved
 from models.weights.stated import BILINEAR, FILTERS, OPEN_FOLDER, check_stated
 from models.weights.vit import load_vit, vit_kind
 
@@ -96,7 +96,13 @@ def _check_view(images: Mapping[str, Any]) -> None:
 
 
 def known_facts(weights: State, about: Mapping[str, Any]) -> VitFacts:
-    """What the weights' layout and the files beside them tell."""
+    """What the run of Classification.py that made the weights, or else their layout and the files
+    beside them state."""
+    network = about.get("network", {})
+    if str(network.get("model", "")).startswith("vit-"):
+        config = from_saved(ClassifierConfig, network)
+        activation = "gelu" if config.gelu == "none" else "gelu_tanh"
+        return VitFacts(*config.statistics, activation, config.layer_norm_eps, "bilinear")
     found = _of_layout(weights)
     found = found.updated(_of_config(about.get("config.json", {})))
     kind = str(about.get("config.json", {}).get("model_type"))
@@ -106,10 +112,8 @@ def known_facts(weights: State, about: Mapping[str, Any]) -> VitFacts:
 def differing_options(
     network: ClassifierConfig, weights: State, about: Mapping[str, Any]
 ) -> list[str]:
-    """Options that make `network` compute what the weights of others were
-    trained with, such as `--gelu none`; [] where it does, or nothing is known."""
-    if "network" in about:  # a run of ours
-        return []
+    """Options that make `network` compute what the weights were trained with, such as `--gelu
+    none`; [] where it does, or nothing is known."""
     facts = known_facts(weights, about)
     options = []
     if facts.gelu not in (None, network.gelu):
@@ -128,10 +132,11 @@ def load_agreeing(
     model: VisionClassifier, weights: State, about: Mapping[str, Any], strict: bool
 ) -> Differences:
     """`load_vit`, where the network computes what the weights were trained with; else UserError
-    names the options, or, not `strict`, a note does: fine-tuning adapts to them."""
+    names the options, or, not `strict`, a note does: fine-tuning adapts to them. To evaluate a run
+    of ours its options are taken, but for those that the user gives."""
     check_heads(about, model.options)
     options = differing_options(model.options, weights, about)
-    if options and strict:
+    if options and strict and "network" not in about:
         raise UnfitWeights(f"these weights were trained otherwise: add {' '.join(options)}")
     if options:
         say(f"note: the starting weights were trained with {' '.join(options)}")

@@ -232,7 +232,10 @@ def test_classification_says_where_its_options_differ_from_the_weights(capsys):
     )
     fitting = VisionClassifier(ClassifierConfig(**sizes, gelu="none", pixels="imagenet"))
     load_agreeing(fitting, weights, {}, strict=True)
-    load_agreeing(model, weights, {"network": {}}, strict=True)  # a run of ours says so itself
+    load_agreeing(model, weights, {"network": {}}, strict=True)  # its options are the run's
+    run = {"network": {"model": "vit-ti/16", "gelu": "none", "pixels": "clip"}}
+    load_agreeing(model, fitting.state_dict(), run, strict=False)
+    assert "trained with --gelu none --pixels clip" in capsys.readouterr().out
     with pytest.raises(UserError, match="6 attention heads, but vit-ti/16 has 3"):
         load_agreeing(model, weights, {"config.json": {"num_attention_heads": 6}}, strict=False)
 

@@ -192,7 +192,7 @@ def train(config, names: list[str], val: Split | None, world: World, precision) 
         average = WeightAverage([(network.ema, network)], average_buffers=True)
     statistics = pixel_statistics(world.device, *config.network.statistics)
     last = Validation()
-    if run.validation_due(run.step):  # a run that was killed in it
+    if run.validation_due(run.step):  # resumed after a kill in a validation
         last = evaluate(whole_model(model), val, config, world, precision)
         run.keep_best(last.metrics, run.step)
     for step in range(run.step, plan.total):

@@ -176,7 +176,7 @@ def train(model: Retrieval, data: ReferringExpressions | None, tokenizer, config
     model, optimizer, plan = run.begin(title, model, loader, start.precision)
     teacher = MomentumPairs(model, config.momentum)
 
-    if run.validation_due(run.step):  # a run that was killed in it
+    if run.validation_due(run.step):  # resumed after a kill in a validation
         _, found, _ = locate(whole_model(model), data, tokenizer, config, start)
         run.keep_best(scores(found, data)["val"], run.step)
     for step in range(run.step, plan.total):

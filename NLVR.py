@@ -178,7 +178,7 @@ def train(model, val: Statements | None, tokenizer: Tokenizer, config, start: St
     model, optimizer, plan = run.begin(title, model, loader, start.precision)
     teacher = MomentumPairs(model, config.momentum) if finetunes and config.distill else None
 
-    if run.validation_due(run.step):  # a run that was killed in it
+    if run.validation_due(run.step):  # resumed after a kill in a validation
         logits, damages = evaluate(whole_model(model), val, tokenizer, config, start)
         run.keep_best(class_accuracy(logits, val.labels, NLVR2.classes) | damages, run.step)
     for step in range(run.step, plan.total):

@@ -201,7 +201,7 @@ def train(config: Config, tokenizer, val: ImageSet | None, encoder, model, world
     model, optimizer, plan = run.begin(NAME, model, loader, precision, decayed)
     statistics = image_statistics(config.network.image_tower, world.device)
 
-    if run.validation_due(run.step):  # a run that was killed in it
+    if run.validation_due(run.step):  # resumed after a kill in a validation
         found, damages = evaluate(whole_model(model), val, tokenizer, config, world, precision)
         run.keep_best(label_metrics(found, val.references, encoder) | damages, run.step)
     for step in range(run.step, plan.total):

@@ -183,7 +183,7 @@ def train(model: Retrieval, val: RetrievalSet | None, tokenizer, config, start: 
     model, optimizer, plan = run.begin("Retrieval fine-tuning", model, loader, start.precision)
     teacher = MomentumPairs(model, config.momentum)
 
-    if run.validation_due(run.step):  # a run that was killed in it
+    if run.validation_due(run.step):  # resumed after a kill in a validation
         recall, _ = evaluate(whole_model(model), val, tokenizer, config, start)
         run.keep_best(recall, run.step)
     for step in range(run.step, plan.total):

@@ -128,7 +128,7 @@ def train(model: StatementModel, val: Statements | None, tokenizer, config, star
     model, optimizer, plan = run.begin("Visual entailment", model, loader, precision)
     teacher = MomentumPairs(model, config.momentum) if config.distill else None
 
-    if run.validation_due(run.step):  # a run that was killed in it
+    if run.validation_due(run.step):  # resumed after a kill in a validation
         logits, damages = judge(whole_model(model), val, tokenizer, config, start)
         run.keep_best(class_accuracy(logits, val.labels, SNLI_VE.classes) | damages, run.step)
     for step in range(run.step, plan.total):

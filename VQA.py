@@ -198,7 +198,7 @@ def train(model: Vqa, val: QuestionSet | None, answers, tokenizer, config, start
     model, optimizer, plan = run.begin("Visual question answering", model, loader, start.precision)
     teacher = MomentumPairs(model, config.momentum) if config.distill else None
 
-    if run.validation_due(run.step):  # a run that was killed in it
+    if run.validation_due(run.step):  # resumed after a kill in a validation
         best, _, damages = evaluate(whole_model(model), val, answers, tokenizer, config, start)
         run.keep_best(accuracy(val, answers, best, config) | damages, run.step)
     for step in range(run.step, plan.total):

@@ -219,7 +219,7 @@ def main(config: Config) -> None:
     pixels = input_statistics(config.network, world.device)
     freeze = config.swalip_freeze_proto_iters if hasattr(network, "freeze_prototypes") else 0
 
-    if run.validation_due(run.step):  # a run that was killed in it
+    if run.validation_due(run.step):  # resumed after a kill in a validation
         scores = evaluate(whole_model(model), data, prompts, tokenizer, config, world)
         run.keep_best(scores, run.step)
     for step in range(run.step, plan.total):

@@ -78,7 +78,7 @@ class Run:
     loader = training_data(…, run.data_state())
     model, optimizer, plan = run.begin("title", model, loader, precision)     # wraps, resumes
 
-    if run.validation_due(run.step):                    # the one in which the run was killed
+    if run.validation_due(run.step):                    # resumed after a kill in a validation
         run.keep_best(evaluate(…), run.step)
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))

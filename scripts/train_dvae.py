@@ -87,7 +87,7 @@ class Config(RunConfig):
     )
     kl_weight: float = knob(0.0, "weight of loss_kl: codes undecided", low=0)
     temperature: tuple[float, float] = knob(
-        (1.0, 0.1), "of the Gumbel-softmax, at the first and last update", low=0.01
+        (1.0, 0.1), "of the Gumbel-softmax, at the first update and behind the last", low=0.01
     )
     straight_through: bool = knob(False, "decode hard codes, with the gradient of the relaxed ones")
     batch_size: int = knob(32, "images per process", low=1)

@@ -123,7 +123,7 @@ def total_hours(simulation: Simulation, request: Request, step: float) -> float 
     schedule = getattr(config, "scheduler", None)
     duration = schedule.duration if schedule is not None else config.duration
     batch = simulation.setup.batch_size * config.accumulate * request.gpus
-    known = str(duration).endswith(("steps", "samples"))
+    known = str(duration).endswith(("step", "steps", "sample", "samples"))
     if request.samples is None and not known:
         return None
     epoch = max(1, int((request.samples or batch) // batch))

@@ -62,6 +62,8 @@ def test_options_become_sbatch_options(capsys):
         "--sbatch",
         "reservation=night",
         "--sbatch=exclusive",
+        "--max-requeues",
+        "7",
     ]
     text = preview(capsys, *SLURM, *words)
     assert options(text) >= {
@@ -84,6 +86,7 @@ def test_options_become_sbatch_options(capsys):
         "--signal=USR1@120",
         "--open-mode=append",
     }
+    assert "-ge 7 ]" in text
     assert "--cpus-per-task=6" in srun(text)  # srun does not take it from sbatch
 
 

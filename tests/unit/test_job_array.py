@@ -182,6 +182,7 @@ def test_a_refused_job_is_named_once_and_what_is_in_the_queue_is_said(sbatch, tm
     (sbatch / "sbatch").write_text(f"{real}[ $n = 1 ] || {{ {refuse}; }}\n")  # room for one
     with pytest.raises(UserError, match=r"^job 101 is submitted, but not .*Limit; .* with --merge"):
         submit_array(Sharing(slurm=4), 9, tmp_path / "out")
+    assert len(list((tmp_path / "out/slurm").glob(".submission_file_*.sh"))) == 1, "of job 101"
     assert capsys.readouterr().err == ""
     (sbatch / "running").write_text("PENDING\n")
     with pytest.raises(UserError, match=r"job 101 is pending and writes there.*another folder"):

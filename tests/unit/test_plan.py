@@ -19,8 +19,9 @@ from runtime.simulate.fusion import Group
 from runtime.simulate.recorder import Collective, Operation, Recorder, Trace
 from runtime.simulate.stand_ins import attention, simulated_cpu, simulated_gpu
 from scripts.planning.recipes import recipes
-from scripts.planning.report import Request, whole_cores
-from scripts.planning.steps import pretrain
+from scripts.planning.report import Request, figures, text, total_hours, whole_cores
+from scripts.planning.simulate import Simulation
+from scripts.planning.steps import Setup, pretrain
 from scripts.planning.towers import sized_text_tower, without_weights
 from tests.helpers.processes import Run
 
@@ -277,16 +278,92 @@ def test_bad_input_is_one_sentence(argv, sentence):
 def test_the_figures_of_a_recipe():
     result = plan(*DEBUG, "--gpus", "8", "--samples", "4096", "--json", "--no-graphs")
     assert result.returncode == 0, result.stderr
-    figures = json.loads(result.stdout)
-    assert figures["global_batch"] == 8 * figures["batch_size"]
-    assert figures["memory"]["fits"] and figures["memory"]["peak"] > 10**7
-    parts = figures["memory"]["parts"]
-    assert sum(parts.values()) == figures["memory"]["peak"]
+    found = json.loads(result.stdout)
+    assert found["global_batch"] == 8 * found["batch_size"]
+    assert found["memory"]["fits"] and found["memory"]["peak"] > 10**7
+    parts = found["memory"]["parts"]
+    assert sum(parts.values()) == found["memory"]["peak"]
     assert {"weights", "gradients", "optimizer"} <= parts.keys()
-    assert figures["host_waits"] == []
-    reduced = figures["traffic"]["bytes"]["allreduce_"]
-    assert reduced > 2 * 7 / 8 * 4 * figures["trained_parameters"]
-    assert figures["training"]["hours"][0] > 0
+    assert found["host_waits"] == []
+    reduced = found["traffic"]["bytes"]["allreduce_"]
+    assert reduced > 2 * 7 / 8 * 4 * found["trained_parameters"]
+    assert found["training"]["hours"][0] > 0
+
+
+@pytest.fixture
+def step():
+    """A recorded step of 5 images a GPU and micro-batch, three of them, on four cards."""
+    config = SimpleNamespace(precision="bf16", parallel="ddp", activation_checkpointing=True)
+    config.accumulate = 3
+    config.scheduler = SimpleNamespace(duration="2 epochs")
+    setup = Setup(None, 5, None, image_bytes=1000, assumed=["one", "two"])
+    gathered = Collective("forward", "_allgather_base_", 8 * 10**8)
+    trace = Trace([PRODUCT, COPY], [Group("forward", 10**9)], [gathered, gathered])
+    trace.peak, trace.peak_phase = 6 * 10**10, "backward"
+    trace.peak_parts = {"weights": 2 * 10**10, "activations": 4 * 10**10, "gradients": 0}
+    trace.waits["forward", "item", "a.py:3"] += 2
+    return Simulation("VE", config, setup, trace, 4, 7 * 10**6, 3 * 10**9, 1.0)
+
+
+def test_the_figures_by_hand(step):
+    request = Request(H100, 4, network=1e9, price=2.0, samples=6e10)
+    f = figures(step, request)
+    bound = b.bounds(step.trace, H100, "bf16", 4, 1e9)
+    assert (f["batch_size"], f["accumulate"], f["global_batch"]) == (5, 3, 60)
+    assert f["seconds"]["eager"] == bound.eager > f["seconds"]["fused"] == bound.compiled
+    flops = step.trace.flops
+    assert f["mfu"]["eager"] == pytest.approx(flops / bound.eager / H100.half)
+    assert f["mfu"]["fused"] == pytest.approx(flops / bound.compiled / H100.half)
+    assert f["data"]["samples_per_second"] == [15 / bound.eager, 15 / bound.compiled]
+    cores = [rate / b.SAMPLES_PER_CORE for rate in f["data"]["samples_per_second"]]
+    assert f["data"]["loader_cores"] == cores
+    assert f["data"]["bus_bytes_per_second"] == pytest.approx(1000 * 15 / bound.compiled)
+    needed = b.memory_needed(step.trace, 4)
+    memory = f["memory"]
+    assert memory["beside"] == needed - 6e10 and memory["fraction"] == needed / H100.memory
+    assert memory["parts"] == {"weights": 2e10, "activations": 4e10} and memory["fits"]
+    assert not figures(step, replace(request, gpu=replace(H100, memory=61e9)))["memory"]["fits"]
+    sent = 2 * 8e8 * 3 / 4
+    traffic = f["traffic"]
+    assert traffic["collectives"] == 2 and traffic["bytes"] == {"_allgather_base_": sent}
+    assert traffic["seconds_in_node"] == pytest.approx(sent / H100.link)
+    assert traffic["seconds_between_nodes"] == pytest.approx(sent / 1e9)
+    assert f["checkpoint"] == {"bytes": 3e9, "seconds": 2.0}
+    assert f["host_waits"] == [{"times": 2, "phase": "forward", "what": "item", "line": "a.py:3"}]
+    hours = [2e9 * seconds / 3600 for seconds in (bound.compiled, bound.eager)]
+    assert f["training"]["hours"] == pytest.approx(hours)
+    said = " ".join(text(f, 2.0).split())
+    low, high = (4 * one for one in hours)
+    assert f"{low:,.0f} to {high:,.0f} GPU-hours, {2 * low:,.0f} to {2 * high:,.0f} at 2 a" in said
+    assert f"at least {hours[0]:,.1f} (compiled) to {hours[1]:,.1f} hours" in said
+    assert "4 x " in said and "ddp, activation checkpointing" in said
+    assert "5 a GPU x 3 micro-batches x 4 GPUs = 60" in said and "assumed one; two" in said
+    assert "backward) + about" in said and ": fits (" in said
+    assert "activations 40.0 GB, weights 20.0 GB" in said, "the largest first"
+    assert "host waits 2 a step" in said and "2 x item (forward) a.py:3" in said
+    assert "2 collectives a step; a GPU sends _allgather_base_ 1.2 GB" in said
+    assert "checkpoint 3.0 GB, about 2 s" in said and "at 2 a" not in text(f, None)
+
+
+@pytest.mark.parametrize(
+    "duration, samples, updates",
+    [
+        ("500 steps", None, 500),
+        ("1 step", None, 1),
+        ("600 samples", None, 10),
+        ("1 sample", None, 1),
+    ]
+    + [
+        ("2 epochs", None, None),
+        ("2 epochs", 659.0, 20),
+        ("2 epochs", 59.0, 2),
+        ("9 steps", 6e9, 9),
+    ],
+)
+def test_hours_of_a_duration(step, duration, samples, updates):
+    step.config.scheduler.duration = duration
+    found = total_hours(step, Request(H100, 4, 1e9, None, samples), 7.2)
+    assert found == (None if updates is None else pytest.approx(7.2 * updates / 3600))
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,23 @@
 import functools
 import os
 from concurrent.futures import ProcessPoolExecutor
+from unittest import mock
 
+from models.dual_encoder import factory
 from runtime.simulate.recorder import Trace
+from scripts.planning.methods import STEPS as METHODS
 from tests.helpers.processes import as_new_process, fresh_processes
+
+# Towers of one layer: a second would do the same once more. ALBEF's text encoder has two, of which
+# one sees images.
+ONE_LAYER = dict.fromkeys(METHODS, "--vision_depth 1 --bert_config tests/traces/one_layer.json")
+ONE_LAYER["albef"] = "--vision_depth 1"
+ONE_LAYER["nxtp"] = "--vision [32,1,8] --decoder [32,1]"
+STEPS = {
+    name: command if command.startswith(("main", "Class")) else f"{command} {ONE_LAYER[name]}"
+    for name, command in METHODS.items()
+}
+ONE_BLOCK = {"VITT8": (128, 1, 4, 8)}
 
 
 @functools.cache
@@ -29,4 +43,5 @@ def _trace(command: str, world_size: int, mode: str) -> Trace:
 
     name, *argv = command.split()
     script = load_script(name)
-    return simulate(script, read_config(script, argv), world_size, mode).trace
+    with mock.patch.dict(factory.VITS, ONE_BLOCK):
+        return simulate(script, read_config(script, argv), world_size, mode).trace

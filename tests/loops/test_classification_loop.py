@@ -404,6 +404,13 @@ def test_two_micro_batches(case, digitscenes, tmp_path):
     run(CASES[case], digitscenes, tmp_path, batch_size=4, accumulate=2)
 
 
-@pytest.mark.parametrize("case", CASES)
+# each process mixes and moves as one does; what they share is in the others
+ALIKE = ("both mixtures", "original fine-tuning")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in CASES],
+)
 def test_two_processes_with_two_micro_batches(case, digitscenes, tmp_path):
     run(CASES[case], digitscenes, tmp_path, processes=2, batch_size=4, accumulate=2)

@@ -15,7 +15,8 @@ from tests.loops.reference import Recipe, another_teacher, check_run, loss_scali
 SAMPLES = 24  # of the training list
 BATCH = 4  # per process and micro-batch
 STEPS = 5
-WORLDS = {"one process": (1, 1), "two micro-batches": (1, 2), "two processes": (2, 2)}
+# processes, micro-batches, the limit of gradients
+WORLDS = {"one process": (1, 1, None), "two processes, two micro-batches": (2, 2, 1.0)}
 CONTRAST = ("loss_ita", "loss_itm")
 # by script: its debug recipe, its annotations, their knobs, the losses
 TASKS = {
@@ -38,15 +39,17 @@ NO_EVALUATION = {
 
 
 def flags(task: str, data: Path, out: Path, dropout: float = 0.1, **changes) -> list[str]:
-    """A run of five updates: two of warm-up, strong decay, clipping, dropout; no validation and no
-    test."""
+    """A run of five updates of towers of one layer: two of warm-up, strong decay, clipping, dropout;
+    no validation and no test."""
     recipe, annotations, root, _ = TASKS[task]
     out.mkdir(parents=True)
     entries = json.loads((data / f"{annotations}.json").read_text())
     (out / "train.json").write_text(json.dumps(entries[:SAMPLES]))
     geometry = json.loads((ROOT / "configs/bert_debug.json").read_text())
-    (out / "bert.json").write_text(json.dumps({**geometry, "hidden_dropout_prob": dropout}))
+    geometry |= {"num_hidden_layers": 1, "hidden_dropout_prob": dropout}
+    (out / "bert.json").write_text(json.dumps(geometry))
     values = {
+        "vision_depth": 1,
         "config": f"configs/{recipe}.yaml",
         "output_dir": out,
         "device": "cpu",
@@ -109,8 +112,7 @@ def script(task: str) -> str:
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("task", TASKS)
 def test_updates(task, world, digitscenes, tmp_path):
-    processes, accumulate = WORLDS[world]
-    clip = None if world == "two micro-batches" else 1.0
+    processes, accumulate, clip = WORLDS[world]
     changes = {"accumulate": accumulate, "optimizer.clip_grad_norm": clip}
     given = flags(task, digitscenes, tmp_path / "run", **changes)
     check_run(script(task), given, recipe(task, processes, accumulate, clip=clip), processes)

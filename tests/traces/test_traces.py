@@ -20,7 +20,7 @@ from runtime.log import Meters
 from runtime.run import Run
 from runtime.simulate.recorder import Operation, Recorder, _calling_line
 from runtime.simulate.stand_ins import simulated_gpu
-from scripts.planning.methods import STEPS as METHODS
+from tests.helpers.traces import STEPS as METHODS
 from tests.helpers.traces import call_in_worker, trace_of
 from tests.traces.waiting import talking_step, waiting_step
 

@@ -8,17 +8,16 @@ import pytest
 import torch
 
 from scripts.gpu_checks.runs import Run
-from tests.helpers.traces import trace_of
+from tests.helpers.traces import ONE_LAYER, trace_of
 
 RECIPES = {
-    "SIMLA": "Pretrain --config configs/Pretrain/debug.yaml --bert_config configs/bert_debug.json",
-    "NXTP": "Recognition --config configs/Recognition/debug.yaml",
-    "VE": "VE --config configs/VE/debug.yaml",
+    "SIMLA": f"Pretrain --config configs/Pretrain/debug.yaml {ONE_LAYER['simla']}",
+    "NXTP": f"Recognition --config configs/Recognition/debug.yaml {ONE_LAYER['nxtp']}",
+    "VE": f"VE --config configs/VE/debug.yaml {ONE_LAYER['ve']}",
     "CL2L": "main --config configs/main/debug.yaml",
     "SLIP": "main --config configs/main/debug.yaml --model SLIP_VITT8 --batch_size 16",
     "ALIGN": "main --config configs/main/debug_align.yaml",
-    "ViT": "Classification --config configs/Classification/debug.yaml --batch_size 32",
-    "checkpointed": "Classification --config configs/Classification/debug.yaml "
+    "ViT, checkpointed": "Classification --config configs/Classification/debug.yaml "
     "--activation_checkpointing true --batch_size 32",
 }
 

@@ -115,5 +115,5 @@ def _named(file: Path, files: list[Path], synsets: list[str], classes: list[str]
 
 def _checked(file: Path, files: list[Path], labels: list[int], classes: list[str]) -> LabelledFiles:
     if not files:
-        raise UserError(f"{file}: an empty list")
+        raise UserError(f"{file}: an empty list; give it a line for each image, or remove it")
     return LabelledFiles(files, torch.tensor(labels), classes)

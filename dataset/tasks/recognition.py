@@ -312,7 +312,7 @@ def read_list(path: Path, left_out: LeftOut | None = None) -> Iterator[dict]:
             left_out.add(f"{path}, line {number}: expected `path : name,name,...`, found {given}")
     left_out.check()
     if not found:
-        raise UserError(f"{path}: an empty list")
+        raise UserError(f"{path}: an empty list; each line is `path : name,name,...`")
 
 
 def training_stream(

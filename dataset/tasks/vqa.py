@@ -204,7 +204,8 @@ class QuestionSet:
         if lacking:
             where = answers_file or name
             raise UserError(
-                f"{where}: no answers to question_id {lacking[0]} (and {len(lacking) - 1} more)"
+                f"{where}: no answers to question_id {lacking[0]} (and {len(lacking) - 1} more); add "
+                "them, or leave the questions out"
             )
         self.truth = {question: self.truth[question] for question in self.ids} if self.truth else {}
 

@@ -27,7 +27,10 @@ class FolderTokenizer:
         self.vocab_size = len(self.backend)
         self.pad_id = self.backend.pad_token_id
         if self.pad_id is None:
-            raise UserError(f"{source}: its tokenizer has no padding token")
+            raise UserError(
+                f"{source}: its tokenizer has no padding token; name one in tokenizer_config.json "
+                "(pad_token)"
+            )
 
     def __reduce__(self):
         return FolderTokenizer, (self.source, self.context_length, self.whole)

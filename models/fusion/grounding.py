@@ -14,9 +14,13 @@ def check_layer(model: Retrieval, mode: str, layer: int) -> None:
     blocks = len(model.visual_encoder.blocks)
     if mode == "itm" and not bert.config.fusion_layer <= layer < bert.depth:
         layers = f"{bert.config.fusion_layer}..{bert.depth - 1}"
-        raise UserError(f"block_num {layer}: cross-attention is in the text layers {layers}")
+        raise UserError(
+            f"block_num {layer}: cross-attention is in the text layers {layers}; choose one"
+        )
     if mode == "itc" and not 0 <= layer < blocks:
-        raise UserError(f"block_num {layer}: the vision transformer has the blocks 0..{blocks - 1}")
+        raise UserError(
+            f"block_num {layer}: the vision transformer has the blocks 0..{blocks - 1}; choose one"
+        )
 
 
 def token_maps(

@@ -329,12 +329,13 @@ def check_config(config: SimlaConfig) -> None:
         raise UserError("mim replaces patches by vit.mask_token: set it to true, or mim to false")
     if config.mim and config.bert.hidden_size != config.bert.encoder_width:
         raise UserError(
-            "mim uses text states as keys: bert.hidden_size must equal bert.encoder_width"
+            f"mim uses text states as keys: set vision_width to {config.bert.hidden_size}, the "
+            "hidden_size of the BERT JSON"
         )
     if config.mim and config.bert.max_position_embeddings <= config.vit.grid**2:
         raise UserError(
             f"mim feeds {config.vit.grid**2 + 1} image tokens through BERT, whose "
-            f"max_position_embeddings is {config.bert.max_position_embeddings}: lower vit.image_size"
+            f"max_position_embeddings is {config.bert.max_position_embeddings}: lower image_res"
         )
     if config.max_masked_patches <= 0:
         raise UserError(f"max_masked_patches {config.max_masked_patches} must be positive")

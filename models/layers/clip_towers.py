@@ -171,7 +171,9 @@ class Transformer(nn.Module):
     def __init__(self, width: int, layers: int, heads: int, activation: str):
         super().__init__()
         if width % heads:
-            raise UserError(f"transformer width {width} is no multiple of its {heads} heads")
+            raise UserError(
+                f"a transformer of width {width} cannot have {heads} heads; give a divisor"
+            )
         self.resblocks = nn.ModuleList(
             ResidualBlock(width, heads, activation) for _ in range(layers)
         )

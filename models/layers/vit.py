@@ -143,7 +143,7 @@ class PatchEmbed(nn.Module):
             raise UserError(
                 f"image of {image.shape[-2]} x {image.shape[-1]} pixels, but the vision transformer "
                 f"was built for {self.image_size} x {self.image_size}: set image_res "
-                "(vit.image_size) to the size of the images"
+                "(image_size) to the size of the images"
             )
         maps = image if self.backbone is None else self.backbone(image)
         return self.proj(maps).flatten(2).transpose(1, 2)
@@ -315,12 +315,16 @@ class ViT(nn.Module):
 def check_geometry(config: ViTConfig) -> None:
     """Raise UserError where the sizes do not divide."""
     if config.image_size % config.patch_size:
+        near = max(1, round(config.image_size / config.patch_size)) * config.patch_size
         raise UserError(
-            f"vit.image_size {config.image_size} is no multiple of vit.patch_size "
-            f"{config.patch_size}"
+            f"an image of {config.image_size} pixels is no multiple of patch_size "
+            f"{config.patch_size}: set image_res (image_size) to {near}"
         )
     if config.width % config.heads:
-        raise UserError(f"vit.width {config.width} is no multiple of vit.heads {config.heads}")
+        raise UserError(
+            f"a vision transformer of width {config.width} cannot have {config.heads} heads: set "
+            "vision_heads to a divisor of vision_width"
+        )
     if config.tower and config.stem:
         raise UserError("vision_tower and vision_stem exclude each other; choose one")
     if config.patch_size % 2 ** len(config.stem):

@@ -151,8 +151,8 @@ class Embeddings(nn.Module):
         limit = self.position_embeddings.num_embeddings
         if end > limit:
             raise UserError(
-                f"{end} tokens, but bert.max_position_embeddings is {limit}: shorten the text or "
-                "the image"
+                f"{end} tokens, but max_position_embeddings in the BERT JSON is {limit}: shorten the "
+                "text or the image"
             )
         states = words + self.position_embeddings.weight[start:end]
         if hasattr(self, "token_type_embeddings"):
@@ -500,14 +500,16 @@ def check_geometry(config: BertConfig) -> None:
     """Raise UserError where the sizes do not fit."""
     if config.hidden_size % config.num_attention_heads:
         raise UserError(
-            f"bert.hidden_size {config.hidden_size} is no multiple of bert.num_attention_heads "
-            f"{config.num_attention_heads}"
+            f"hidden_size {config.hidden_size} is no multiple of num_attention_heads "
+            f"{config.num_attention_heads}: fix the BERT JSON (bert_config)"
         )
     if not 0 <= config.fusion_layer <= config.num_hidden_layers:
         raise UserError(
-            f"bert.fusion_layer {config.fusion_layer} lies outside 0..{config.num_hidden_layers}"
+            f"fusion_layer {config.fusion_layer}: the text transformer has {config.num_hidden_layers} "
+            "layers; fix the BERT JSON (bert_config)"
         )
     if config.single_stream and config.fusion_layer:
         raise UserError(
-            "a single-stream BERT has cross-attention in every layer: set bert.fusion_layer to 0"
+            "a single-stream BERT has cross-attention in every layer: set fusion_layer to 0 in the "
+            "BERT JSON (bert_config)"
         )

@@ -251,7 +251,7 @@ def test_mistakes_say_the_remedy():
         Simla(tiny_config(albef=True, mim=True))
     with pytest.raises(UserError, match="mask_token"):
         Simla(tiny_config(vit=ViTConfig(32, 8, 24, 2, 4)))
-    with pytest.raises(UserError, match="image_size"):
+    with pytest.raises(UserError, match="lower image_res"):
         Simla(tiny_config(vit=ViTConfig(64, 8, 24, 2, 4, mask_token=True)))
     with pytest.raises(UserError, match="encoder_width"):
         Simla(tiny_config(vit=ViTConfig(32, 8, 48, 2, 4, mask_token=True)))

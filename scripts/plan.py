@@ -52,10 +52,17 @@ def arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[s
     return parser.parse_known_args(argv)
 
 
+def in_full(word: str) -> str:
+    """A word of the command line, with the full path where it names a file of the caller's folder."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    named = Path(value)
+    return f"{flag}{equals}{named.resolve()}" if named.suffix and named.is_file() else word
+
+
 @ends_with_advice
 def main(argv: list[str] | None = None) -> int:
     options, recipe = arguments(argv)
-    recipe = [str(Path(word).resolve()) if word.endswith(".yaml") else word for word in recipe]
+    recipe = [in_full(word) for word in recipe]
     os.chdir(ROOT)  # recipes name files of the repository
     with contextlib.redirect_stdout(sys.stderr):  # what the recipe itself says at its start
         found = plan(options, recipe)

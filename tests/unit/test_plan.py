@@ -18,6 +18,7 @@ from runtime.simulate import bounds as b
 from runtime.simulate.fusion import Group
 from runtime.simulate.recorder import Collective, Operation, Recorder, Trace
 from runtime.simulate.stand_ins import attention, simulated_cpu, simulated_gpu
+from scripts.plan import in_full
 from scripts.planning.recipes import recipes
 from scripts.planning.report import Request, figures, text, total_hours, whole_cores
 from scripts.planning.simulate import Simulation
@@ -273,6 +274,17 @@ def test_bad_input_is_one_sentence(argv, sentence):
     assert result.returncode == 2, result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert sentence in result.stderr and "Traceback" not in result.stderr, last
+
+
+def test_files_are_those_of_the_callers_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.yml", "sizes.json", "128"):
+        (tmp_path / name).touch()
+    words = ["--config", "mine.yml", "--config=mine.yml", "--bert_config", "sizes.json"]
+    words += ["--batch_size", "128", "--lr=0.1", "--config", "configs/VE/debug.yaml"]
+    mine, sizes = f"{tmp_path}/mine.yml", f"{tmp_path}/sizes.json"
+    full = ["--config", mine, f"--config={mine}", "--bert_config", sizes, *words[5:]]
+    assert [in_full(word) for word in words] == full
 
 
 def test_the_figures_of_a_recipe():

@@ -64,7 +64,7 @@ def init(device: str = "auto") -> World:
     env = os.environ
     # the variable of a step: a shell inside an allocation has the job's SLURM_NTASKS, but is no
     # task of it
-    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:
+    if "RANK" not in env and _number(env, "SLURM_STEP_NUM_TASKS") > 1 and "SLURM_PROCID" in env:
         _adopt_slurm(env)
     rank, size, local_rank = _place(env)
     chosen = _device(device, local_rank)
@@ -99,17 +99,28 @@ def _place(env: Mapping[str, str]) -> tuple[int, int, int]:
             f"RANK={env['RANK']} is set, but not {', '.join(lacking)}: start with torchrun, or, for "
             "a process alone, `unset RANK`"
         )
-    try:
-        rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        local_rank, _ = int(env.get("LOCAL_RANK", 0)), int(env["MASTER_PORT"])
-    except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT: {error}") from None
+    rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
+    local_rank, port = _number(env, "LOCAL_RANK"), _number(env, "MASTER_PORT")
+    if not 0 <= port <= LAST_PORT:
+        raise UserError(f"MASTER_PORT={port}: ports are numbers up to {LAST_PORT}; set another")
     if not 0 <= rank < size:
         raise UserError(f"RANK={rank} of WORLD_SIZE={size}: ranks are counted from 0")
     return rank, size, local_rank
 
 
+def _number(env: Mapping[str, str], name: str) -> int:
+    """A whole number that a launcher sets, 0 where it does not. UserError."""
+    try:
+        return int(env.get(name, 0))
+    except ValueError:
+        raise UserError(
+            f"{name}={env[name]} is no whole number: start with torchrun or srun, which set it, or, "
+            f"for a process alone, `unset {name}`"
+        ) from None
+
+
 PAUSE = 0.1  # seconds
+LAST_PORT = 65535
 
 
 def _agents_store(rank: int, size: int) -> dist.Store:
@@ -156,7 +167,7 @@ def _adopt_slurm(env) -> None:
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
     # empty where the batch file got no answer of scontrol
     env["MASTER_ADDR"] = env.get("MASTER_ADDR") or first_host(nodes)
-    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 12000))
+    env.setdefault("MASTER_PORT", str(20000 + _number(env, "SLURM_JOB_ID") % 12000))
 
 
 def first_host(nodelist: str) -> str:

@@ -70,8 +70,9 @@ def in_processes(
 
 def usable_cores() -> int:
     """CPU cores that this process may use: those that Slurm gave to it, else those it may run on."""
-    if "SLURM_CPUS_PER_TASK" in os.environ:
-        return int(os.environ["SLURM_CPUS_PER_TASK"])
+    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if given.isdecimal():
+        return int(given)
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -68,7 +68,12 @@ def test_a_process_without_a_rank_is_alone(monkeypatch):
     ("variables", "said"),
     [
         ({"RANK": "0"}, "RANK=0 is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
-        ({**LAUNCHED, "WORLD_SIZE": "two"}, "invalid literal"),
+        (
+            {**LAUNCHED, "WORLD_SIZE": "two"},
+            "WORLD_SIZE=two is no whole number: start with torchrun",
+        ),
+        ({"SLURM_STEP_NUM_TASKS": "2(x3)"}, r"SLURM_STEP_NUM_TASKS=2\(x3\) is no whole number"),
+        ({**LAUNCHED, "MASTER_PORT": "65536"}, "MASTER_PORT=65536: ports are numbers up to 65535"),
         ({**LAUNCHED, "RANK": "1"}, "RANK=1 of WORLD_SIZE=1"),
     ],
 )

@@ -15,6 +15,8 @@ SIGNS = {  # how a file begins that is something else than it should be -> what 
     b"<!doctype html": "a web page, which servers send in place of a file",
     b"<html": "a web page, which servers send in place of a file",
     b"\x1f\x8b": "a gzip file, which is to be unpacked first",
+    b"BZh": "a bzip2 file, which is to be unpacked first",
+    b"\xfd7zxz": "an xz file, which is to be unpacked first",
     b"PK\3\4": "a zip file",
     b"\x28\xb5\x2f\xfd": "a file packed by zstd, which is to be unpacked first",
     b"PAR1": "a Parquet file, whose name must end in .parquet",

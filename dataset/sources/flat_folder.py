@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from base.errors import UserError, brief
+from base.image_names import existing
 from base.names import did_you_mean, is_hidden
-from base.reading import read_lines
+from base.reading import is_file, read_lines
 from base.text import whole_number
 from dataset.images.formats import is_image
 from dataset.sources.class_folder import LabelledFiles, folder_of
@@ -22,6 +23,7 @@ from dataset.sources.class_folder import LabelledFiles, folder_of
 SYNSETS = "imagenet_2012_validation_synset_labels.txt"
 KAGGLE = "LOC_val_solution.csv"
 DEVKIT = "ILSVRC2012_validation_ground_truth.txt"
+TRIES = 20  # images that are looked for
 
 
 def is_flat(root: Path) -> bool:
@@ -116,4 +118,9 @@ def _named(file: Path, files: list[Path], synsets: list[str], classes: list[str]
 def _checked(file: Path, files: list[Path], labels: list[int], classes: list[str]) -> LabelledFiles:
     if not files:
         raise UserError(f"{file}: an empty list; give it a line for each image, or remove it")
+    if not any(is_file(existing(image)) for image in files[:TRIES]):
+        raise UserError(
+            f"{file}: none of its first {len(files[:TRIES])} images is there, e.g. {files[0]}; name "
+            "the folder of these images, or put the list of this one beside it"
+        )
     return LabelledFiles(files, torch.tensor(labels), classes)

@@ -329,6 +329,8 @@ def test_class_folders_follow_links_and_ignore_hidden_files(tmp_path):
         (b"\0\0\0\x20ftypisom" + bytes(100), "a film"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
         (b"%PDF-1.4" + bytes(100), "a PDF"),
+        (b"BZh91AY&SY" + bytes(100), "a bzip2 file"),
+        (b"\xfd7zXZ\0\0" + bytes(100), "an xz file"),
     ],
 )
 def test_what_an_unreadable_image_looks_like(content, seen):

@@ -80,3 +80,6 @@ def test_what_lacks_is_said(val):
     (val / "val.txt").write_text(f"{NAMES[0]} 3\n")
     with pytest.raises(UserError, match="line 1: class 3, but there are 3"):
         FolderRecords(val, CLASSES)
+    (val / "val.txt").write_text("n01440764_1.JPEG 0\nn01440764_2.JPEG 1\n")  # of another folder
+    with pytest.raises(UserError, match=r"val\.txt: none of its first 2 images is there, e\.g\. /"):
+        FolderRecords(val)

@@ -9,13 +9,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
 import torch
 
-from base.distributed import World, any_rank
+from base.distributed import ALONE, World, any_rank
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run is saved and wants to be started again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -33,13 +33,15 @@ class Interrupt:
     A second Ctrl-C does so always. finish_write: waits for a write beside the training.
     """
 
-    def __init__(self, world: World, finish_write: Callable[[], None]):
+    def __init__(
+        self, world: World, finish_write: Callable[[], None], signals: Sequence[int] = SIGNALS
+    ):
         self.finish_write = finish_write
         self.received: int | None = None
         self.unsaved = False  # whether there are updates that no checkpoint holds
         self.thread: threading.Thread | None = None
         self.blocked_before: set[int] | None = None  # None = children are not spared
-        for number in SIGNALS:
+        for number in signals:
             signal.signal(number, self._remember)
         # at its end the interpreter gives them their defaults back: a second one would kill it
         atexit.register(_ignore_signals)
@@ -129,6 +131,12 @@ class Interrupt:
         """True on every process as soon as any process was signalled. A collective: all must ask at
         the same step."""
         return any_rank(self.received is not None, device)
+
+
+def leave_when_signalled() -> None:
+    """Where a script has nothing to save, not yet or never: a scheduler's signal ends it with the
+    code that asks for a requeue. A run takes over when it opens; until then Ctrl-C is Python's."""
+    Interrupt(ALONE, lambda: None, signals=(signal.SIGTERM, signal.SIGUSR1))
 
 
 def _must_not_be_cut(frame: FrameType | None) -> bool:

@@ -240,11 +240,18 @@ def run_script(
         sys.stdout.reconfigure(errors="backslashreplace")  # words and names that are not UTF-8
     try:
         config = parse(cls, argv, description)
+        has_folder = isinstance(getattr(config, "output_dir", None), Path)
+        if has_folder:
+            from runtime.interrupt import (
+                leave_when_signalled,
+            )  # here, for --help goes without torch
+
+            leave_when_signalled()
         make_digitscenes_if_named(config)
-        if not isinstance(getattr(config, "output_dir", None), Path):
+        if not has_folder:
             with_checkpoint_named(main, config)
         else:
-            from base.memory import check_batches  # here, for --help must not wait for torch
+            from base.memory import check_batches
 
             check_batches(config)
             with output_in_bucket(config, launched_rank()):

@@ -406,6 +406,23 @@ def test_a_signal_in_a_validation_ends_it_with_what_was_saved(kind, tmp_path):
     assert find_damage(saved(tmp_path, 2)) is None
 
 
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), (signal.SIGINT, 130)]
+)
+def test_a_signal_before_a_run_opens_asks_for_a_requeue_too(number, status, tmp_path):
+    def main(_config):
+        os.kill(os.getpid(), number)
+        time.sleep(20)
+
+    def alone():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # not that of an earlier test
+        run_script(main, RunConfig, argv=["--output_dir", str(tmp_path / "run")])
+
+    output = tmp_path / "said"
+    assert in_fork(alone, output) == status
+    assert ("nothing is left to save" in output.read_text()) == (status == 75)
+
+
 @pytest.mark.parametrize(("unsaved", "expected"), [(False, ["written", 75]), (True, [])])
 def test_a_thread_ends_a_process_that_waits_for_one_that_has_left(unsaved, expected, monkeypatch):
     """In a collective, which Python's handlers of signals do not interrupt."""

@@ -31,7 +31,7 @@ from dataset.tasks.expressions import refs_file
 from dataset.tasks.grounding import ReferringExpressions, read_detections, referred_boxes
 from dataset.tasks.loaders import split_loader, test_view, train_loader, training_view
 from dataset.tasks.retrieval import RetrievalCollate, RetrievalPair, number_images
-from dataset.text.wordpiece import TextCollate, Tokenizer
+from dataset.text.wordpiece import Tokenizer, WholeTexts
 from evaluation.grounding import Pointing, choosing_metric, enlarge, grounding_accuracy, point_all
 from evaluation.predict import over_split
 from evaluation.report.examples import box_case, gallery
@@ -148,7 +148,7 @@ def locate(
     every process. Grad-CAM needs gradients: the network is in eval mode, but autograd stays on.
     """
     make_map = {"itm": matching_map, "itc": contrast_map}[config.gradcam_mode]
-    own, batches = split_loader(data, TextCollate(tokenizer), config, start.world)
+    own, batches = split_loader(data, WholeTexts(tokenizer, model.positions), config, start.world)
 
     def predict(image: Tensor, text_ids: Tensor, text_mask: Tensor) -> tuple[Tensor]:
         return (make_map(model, image, text_ids, text_mask, config.block_num),)

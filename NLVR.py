@@ -27,13 +27,14 @@ from dataset.loading.stream import RecordSource, StreamLoader
 from dataset.sources.records import Records
 from dataset.tasks.loaders import split_loader, test_view, train_loader, training_view
 from dataset.tasks.ve_nlvr import NLVR2, ORIGINAL_NLVR2, CaptionPair, Statements
-from dataset.text.wordpiece import TextCollate, Tokenizer
+from dataset.text.wordpiece import TextCollate, Tokenizer, WholeTexts
 from evaluation.accuracy import class_accuracy, class_results, statement_logits
 from evaluation.report.results import write_results
 from models.fusion.config import networks
 from models.fusion.momentum import MomentumPairs
 from models.fusion.text_assignment import TextAssignment, TextAssignmentConfig, for_two_images
 from models.fusion.ve_nlvr import StatementConfig, StatementModel
+from models.layers.xbert import BertConfig
 from models.weights.albef import check_kind, start_task
 from runtime.checkpoint import read_weights
 from runtime.config import originals
@@ -114,8 +115,11 @@ def read_pairs(files: list[Path], config: Config, view) -> Statements:
     return Statements(files, form, config.image_root, view, config.max_words)
 
 
-def training_data(config: Config, tokenizer: Tokenizer, world, state: dict | None) -> StreamLoader:
-    """Endless batches of this process for the stage, from the position `state` on."""
+def training_data(
+    config: Config, tokenizer: Tokenizer, bert: BertConfig, world, state: dict | None
+) -> StreamLoader:
+    """Endless batches of this process for the stage, from the position `state` on. bert: of the
+    network."""
     view = training_view(config)
     if config.stage == "text_assignment":
         records = Records(config.train_file)
@@ -125,7 +129,7 @@ def training_data(config: Config, tokenizer: Tokenizer, world, state: dict | Non
         collate = TextCollate(tokenizer, config.max_tokens)
     else:
         source = read_pairs(config.train_file, config, view).source()
-        collate = TextCollate(tokenizer)
+        collate = WholeTexts(tokenizer, bert.max_position_embeddings)
     return train_loader([source], collate, config, world, state)
 
 
@@ -164,7 +168,7 @@ def train_step(model, teacher, next_batch, alpha, config: Config, precision) -> 
 def evaluate(model: StatementModel, pairs: Statements, tokenizer, config: Config, start: Start):
     """`(logits float32 [R,2], damaged images)` of all pairs of a split, the same on every
     process."""
-    own, batches = split_loader(pairs, TextCollate(tokenizer), config, start.world)
+    own, batches = split_loader(pairs, WholeTexts(tokenizer, model.positions), config, start.world)
     return statement_logits(model, batches, own, len(pairs), start.world, start.precision)
 
 
@@ -173,7 +177,7 @@ def train(model, val: Statements | None, tokenizer: Tokenizer, config, start: St
     its weights as model.safetensors."""
     finetunes = config.stage == "finetune"
     run = Run(config, start.world, metric="accuracy" if val else None)
-    loader = training_data(config, tokenizer, start.world, run.data_state())
+    loader = training_data(config, tokenizer, model.config.bert, start.world, run.data_state())
     title = "NLVR2 fine-tuning" if finetunes else "NLVR2 text assignment"
     model, optimizer, plan = run.begin(title, model, loader, start.precision)
     teacher = MomentumPairs(model, config.momentum) if finetunes and config.distill else None

@@ -35,7 +35,7 @@ import torch
 from base.errors import UserError
 from dataset.tasks.loaders import split_loader, test_view, train_loader, training_view
 from dataset.tasks.ve_nlvr import SNLI_VE, Statements
-from dataset.text.wordpiece import TextCollate, Tokenizer
+from dataset.text.wordpiece import Tokenizer, WholeTexts
 from evaluation.accuracy import class_accuracy, class_results, statement_logits
 from evaluation.report.results import write_results
 from models.fusion.config import networks
@@ -114,7 +114,7 @@ def judge(model: StatementModel, data: Statements, tokenizer, config, start: Sta
     """`(logits float32 [R,3], damaged images)` of all sentences of a split, the same on every
     process."""
     model.to(start.world.device)
-    own, batches = split_loader(data, TextCollate(tokenizer), config, start.world)
+    own, batches = split_loader(data, WholeTexts(tokenizer, model.positions), config, start.world)
     return statement_logits(model, batches, own, len(data), start.world, start.precision)
 
 
@@ -123,7 +123,7 @@ def train(model: StatementModel, val: Statements | None, tokenizer, config, star
     world, precision = start.world, start.precision
     run = Run(config, world, metric="accuracy" if val else None)
     sentences = read_sentences(config.train_file, config, training_view(config))
-    collate = TextCollate(tokenizer)
+    collate = WholeTexts(tokenizer, model.positions)
     loader = train_loader([sentences.source()], collate, config, world, run.data_state())
     model, optimizer, plan = run.begin("Visual entailment", model, loader, precision)
     teacher = MomentumPairs(model, config.momentum) if config.distill else None

@@ -33,7 +33,7 @@ from dataset.tasks.vqa import (
     encode_answers,
     read_answer_list,
 )
-from dataset.text.wordpiece import TextCollate, Tokenizer
+from dataset.text.wordpiece import Tokenizer, WholeTexts
 from evaluation import vqa
 from evaluation.predict import over_split
 from evaluation.report.results import write_results
@@ -166,7 +166,7 @@ def evaluate(
 ) -> tuple[Tensor, Tensor, dict[str, int]]:
     """`(indices of the best answers int64 [Q,5], their probabilities [Q,5], damaged images)` for
     all questions, the same on every process."""
-    own, batches = split_loader(data, TextCollate(tokenizer), config, start.world)
+    own, batches = split_loader(data, WholeTexts(tokenizer, model.positions), config, start.world)
     ids, mask = encode_answers(answers, tokenizer)
     ids = ids.to(start.world.device)
     length = mask.sum(1).to(start.world.device)

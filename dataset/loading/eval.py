@@ -158,4 +158,10 @@ class _CollateOrBad:
             if isinstance(each, BadSample):
                 return each
         samples, unreadable, truncated = zip(*found, strict=True)
+        check = getattr(self.collate, "check_sample", lambda sample: None)
+        try:
+            for sample in samples:
+                check(sample)
+        except BadSample as error:
+            return error
         return self.collate(list(samples)), [*chain(*unreadable)], [*chain(*truncated)]

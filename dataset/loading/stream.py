@@ -183,7 +183,10 @@ class Stream:
                     raise record
                 seed_generators(sample_seed)
                 with reading(self.exif) as noticed:
-                    samples.append(source.build(record))
+                    sample = source.build(record)
+                if check := getattr(self.collate, "check_sample", None):
+                    check(sample)
+                samples.append(sample)
                 position["truncated"][number] += bool(noticed.truncated)
                 truncated += [f"{source.name}: {name}: {EARLY}" for name in noticed.truncated]
             except BadSample as error:

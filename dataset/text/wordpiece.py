@@ -17,6 +17,7 @@ from dataset.text.choice import choose, with_text
 from dataset.text.sentencepiece import read_backend
 from dataset.text.vocabulary import SPECIAL
 
+MOST_OF_A_LETTER = 4  # tokens: BERT takes one of Korean's apart into three
 DROPPED = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
 
 
@@ -125,6 +126,30 @@ class TextCollate:
         texts = [sample[self.field] for sample in samples]
         ids, mask = self.tokenizer(texts, self.max_tokens)
         return {**batch, "text_ids": ids, "text_mask": mask}
+
+
+class WholeTexts(TextCollate):
+    """As TextCollate, of texts that are not cut.
+
+    positions: the most tokens that the network takes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, positions: int):
+        super().__init__(tokenizer)
+        self.positions = positions
+
+    def check_sample(self, sample: dict) -> None:
+        """BadSample for a text of more tokens: few words may be many, as in Chinese, which has no
+        blanks."""
+        text = sample[self.field]
+        if len(text) <= self.positions // MOST_OF_A_LETTER:
+            return
+        count = len(self.tokenizer.encode(text))
+        if count > self.positions:
+            raise BadSample(
+                f"text {brief(text)} has {count:,} tokens, of which the network takes "
+                f"{self.positions:,} (max_position_embeddings of bert_config); shorten it"
+            )
 
 
 def padded_length(longest: int, max_length: int | None, lengths: Sequence[int] | None) -> int:

@@ -19,6 +19,11 @@ class MomentumModel(nn.Module):
         super().__init__()
         self.compat = compat
 
+    @property
+    def positions(self) -> int:
+        """The most tokens of a text."""
+        return self.config.bert.max_position_embeddings
+
     def add_momentum_copies(self) -> None:
         """Give every module of `momentum_of` its untrained copy; call at the end of the subclass's
         __init__."""

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from base.errors import BadSample, UserError
 from dataset.images.albef import TestTransform
 from dataset.images.decode import decode_image
+from dataset.loading.eval import EvalLoader
+from dataset.loading.stream import Stream, StreamLoader
 from dataset.tasks.grounding import ReferringExpressions, read_detections, referred_boxes, targets
 from dataset.tasks.ve_nlvr import NLVR2, ORIGINAL_NLVR2, SNLI_VE, Statements
 from dataset.tasks.vqa import (
@@ -20,7 +23,7 @@ from dataset.tasks.vqa import (
     read_answer_list,
     read_official_answers,
 )
-from dataset.text.wordpiece import TextCollate, Tokenizer
+from dataset.text.wordpiece import TextCollate, Tokenizer, WholeTexts
 from evaluation.vqa import save_answers
 from tests.helpers.configs import load
 
@@ -227,6 +230,21 @@ def test_pairs(folder):
             folder,
             TestTransform(16),
         )
+
+
+def test_a_text_of_more_tokens_than_the_network_takes_is_named(folder):
+    """One of a Chinese text's one word has many tokens: training leaves it out, evaluation ends."""
+    texts = ["红" * 11, "红" * 12, *["red"] * 18]
+    entries = [{"image": "a.jpg", "sentence": text, "label": "neutral"} for text in texts]
+    data = Statements(write(folder, entries), SNLI_VE, folder, TestTransform(16))
+    collate = WholeTexts(Tokenizer(folder / "vocab.txt"), 12)
+    named = "text '红{12}' has 13 tokens, of which the network takes 12"
+    with pytest.raises(UserError, match=f"^{named}.*; shorten it; evaluation needs every sample"):
+        list(EvalLoader(data.load, range(20), 4, collate, workers=0))
+    loader = StreamLoader(Stream([data.source()], collate), 4, workers=0, error_budget=0.05)
+    lengths = {next(loader)["text_ids"].shape[1] for _ in range(20)}
+    assert lengths == {8, 16} and 1 <= loader.errors["train_file"] <= 5
+    assert re.search(named, loader.bad_samples[0])
 
 
 REFS = [

@@ -88,7 +88,9 @@ def hugging_face_config(source: str, remedy: str = "", what: str = ""):
     import transformers
 
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise UserError(f"{what}hf/{source}: the folder has no config.json")
+        raise UserError(
+            f"{what}hf/{source}: the folder has no config.json; name the one that has it"
+        )
     with from_hub(f"{what}hf/{source}", source, remedy):
         return transformers.AutoConfig.from_pretrained(source)
 

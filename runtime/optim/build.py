@@ -100,7 +100,8 @@ def parameter_groups(
     once.
 
     Not decayed: biases and vectors (layer norms); unless `decay_everything`, also tokens,
-    embeddings, tables of positions, temperatures and what timm lists. With a `scalar_lr_scale`
+    embeddings, tables of positions, temperatures, what timm lists, and tables of which the network
+    trains some rows alone: the others are to stay as they are. With a `scalar_lr_scale`
     scalars form groups of their own, and so do the parameters that `lr_scales` names. decayed: names
     of the parameters with weight decay; if given, that group comes first, as in CLIP-rocket.
     """
@@ -108,7 +109,7 @@ def parameter_groups(
     scales = named_scales(model, config.lr_scales)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     layers = layer_scales(trained, config.layer_decay) if config.layer_decay is not None else {}
-    listed = without_decay(model)
+    listed = without_decay(model) | {*getattr(model, "rows_in_training", ())}
     for name, parameter in trained.items():
         if decayed is not None:
             decays = name in decayed

@@ -46,7 +46,9 @@ class Optimizer:
         low=0,
         aliases=("learning_rate",),
     )
-    weight_decay: float = knob(0.02, "decoupled weight decay of matrices", low=0, aliases=("wd",))
+    weight_decay: float = knob(
+        0.02, "weight decay of matrices, decoupled but in sgd", low=0, aliases=("wd",)
+    )
     betas: tuple[float, float] = knob(
         (0.9, 0.999), "decay rates of Adam's two moments", low=0, high=0.999999
     )

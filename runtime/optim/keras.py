@@ -8,23 +8,25 @@ import torch
 
 
 class KerasSGD(torch.optim.SGD):
-    """Momentum whose velocity holds the learning rate: a <- m a - lr g; w <- w + a.
+    """Momentum whose velocity holds the learning rate: a <- m a - lr (g + wd w); w <- w + a.
 
     When the learning rate changes, torch's SGD changes what earlier gradients still contribute,
     Keras' does not.
     """
 
     def step(self, closure=None):
-        rates = [group["lr"] for group in self.param_groups]
-        for group in self.param_groups:
+        before = [(group["lr"], group["weight_decay"]) for group in self.param_groups]
+        for group, (rate, decay) in zip(self.param_groups, before, strict=True):
             if grads := [p.grad for p in group["params"] if p.grad is not None]:
-                torch._foreach_mul_(grads, group["lr"])
+                torch._foreach_mul_(grads, rate)
             group["lr"] = 1.0
+            group["weight_decay"] = rate * decay  # torch adds it, times w, to the gradient
         try:
             return super().step(closure)
         finally:
-            for group, rate in zip(self.param_groups, rates, strict=True):
+            for group, (rate, decay) in zip(self.param_groups, before, strict=True):
                 group["lr"] = rate
+                group["weight_decay"] = decay
 
 
 class KerasAdamW(torch.optim.AdamW):

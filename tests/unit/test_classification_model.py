@@ -197,7 +197,7 @@ def test_keras_arithmetic_is_torchs_where_nothing_changes(opt):
     for keras in (False, True):
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 3)
-        options = {"weight_decay": 0.1 if opt == "adamw" else 0.0, "eps": 1e-30, "keras": keras}
+        options = {"weight_decay": 0.1, "eps": 1e-30, "keras": keras}
         optimizer = build_optimizer(model, Optimizer(opt, lr=0.1, **options), ["weight"])
         for _ in range(4):
             optimizer.zero_grad()

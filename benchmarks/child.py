@@ -2,9 +2,8 @@
 
     python -m benchmarks.child MODULE:FUNCTION '{"batch": 4, ...}'
 
-Prints the dictionary that the function returns of these options as a line of JSON; nothing for
-None, as of processes beside the first. What the measured code prints goes to stderr. Imports torch
-only where it is used: it also runs beside TensorFlow alone.
+Prints what the function returns as a line of JSON; nothing for None, as of processes beside the
+first. It also runs without torch, beside TensorFlow alone.
 """
 
 import contextlib
@@ -34,9 +33,7 @@ def measure(step: Callable[[], object], options: SimpleNamespace) -> dict[str, f
     return {**medians, "peak_bytes": peak_bytes(options.device)}
 
 
-def measure_once(
-    function: Callable[[], object], device: str = "cpu"
-) -> tuple[object, dict[str, float]]:
+def measure_once(function: Callable, device: str = "cpu") -> tuple[object, dict[str, float]]:
     """Result of the function, and its `seconds` and `cpu_seconds` until the device has finished."""
     begin, cpu_begin = now(device)
     result = function()

@@ -6,10 +6,9 @@
 
 A step is forward, contrastive loss, backward, gradient norm and fused AdamW, by one loop, on random
 images of 224 px. Captions have 8 tokens to --tokens; the others always compute all 77 positions,
-ours the longest caption of the batch, rounded up to a multiple of 8, as main.py's loader pads them.
-Weights are random and nothing is downloaded; networks and losses of
-github.com/facebookresearch/clip-rocket run as they are. --precision and --compile are for all
-sides, --activation-checkpointing is ours.
+ours the longest caption, rounded up to a multiple of 8, as main.py's loader pads. Networks and
+losses of github.com/facebookresearch/clip-rocket run as they are. --precision and --compile are for
+all sides, --activation-checkpointing is ours.
 """
 
 import importlib

@@ -1,8 +1,5 @@
-"""Random inputs of the benchmarks, equal for ours and the originals, and what one side leaves for
-the other.
-
-Imports torch alone, so that it also runs in the interpreter of an original's checkout.
-"""
+"""Random inputs, equal for ours and the originals, and what one side leaves for the other. Imports
+torch alone: it also runs in the interpreter of an original."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +18,9 @@ def leave(options: SimpleNamespace, found: dict | list) -> None:
 def left(options: SimpleNamespace) -> dict | list | None:
     """What the other side has left, if it has; on the CPU, read as it is needed."""
     file = Path(options.exchange) / PEER_FILE
-    if file.exists():
-        return torch.load(file, weights_only=True, mmap=True, map_location="cpu")
-    return None
+    if not file.exists():
+        return None
+    return torch.load(file, weights_only=True, mmap=True, map_location="cpu")
 
 
 # ---- the small ALBEF of benchmarks.learning
@@ -48,12 +45,9 @@ ALPHA = 0.4  # weight of the teacher's soft targets after the ramp
 
 
 def synthetic_batch(size: int) -> dict[str, Tensor]:
-    """A pre-training batch of random images and captions on the CPU.
-
-    image float32 [B,3,256,256]; text_ids int64 [B,25], text_mask bool [B,25] (8 to 25 tokens, the
-    first is the longest); mlm_ids, mlm_labels int64 [B,25] (-100 where none is predicted; at least
-    one is); token_image float32 [B,3,128,128] in [0,1]; patch_mask bool [B,256], 75 True a row.
-    """
+    """Random image float32 [B,3,256,256]; text_ids int64 and text_mask bool [B,25], 8 to 25 tokens,
+    of the first all; mlm_ids, mlm_labels int64 [B,25], -100 where none is predicted; token_image
+    float32 [B,3,128,128] in [0,1]; patch_mask bool [B,256], 75 True a row."""
     rng = torch.Generator().manual_seed(0)
     text_ids = torch.randint(1000, VOCABULARY, (size, TEXT_LENGTH), generator=rng)
     text_ids[:, 0] = CLS

@@ -3,10 +3,9 @@
     python -m benchmarks.knn
     python -m benchmarks.knn --train 1281167 --queries 50000
 
-Features are random, in 1,000 clusters, on disk. Both sides find the same k neighbours;
-disagreements are counted. Memory is the peak of the process less what it had before the features.
-scikit-learn's `NearestNeighbors` runs with brute force and Euclidean distance of unit vectors, its
-fastest way to the same answer; --device is ours.
+Features are random, in 1,000 clusters, on disk. Memory is the peak of the process less what it had
+before the features. scikit-learn's `NearestNeighbors` runs with brute force and Euclidean distance
+of unit vectors, its fastest way to the same answer; --device is ours.
 """
 
 import tempfile
@@ -60,9 +59,8 @@ def make_features(config: Config, folder: Path) -> None:
 
 
 def search(options: SimpleNamespace) -> dict:
-    """Time and memory of a side's search, ours that of eval_knn.py, which reads the features from
-    disk a part at a time; and of scikit-learn the fraction of neighbours that are `same`, at the
-    same rank, as ours."""
+    """Time and memory of a side's search, ours that of eval_knn.py; and of scikit-learn the
+    fraction of neighbours that are the `same`, at the same rank, as ours."""
     folder = Path(options.exchange)
     files = [folder / "train.npy", folder / "queries.npy"]
     ours = options.side == OURS

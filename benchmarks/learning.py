@@ -4,14 +4,11 @@
     python -m benchmarks.learning --peer PATH/TO/ALBEF --pairs 5000 --epochs 4
 
 The first trains a CLIP by main.py and by open_clip's own script, the second an ALBEF by Pretrain.py
-and by the original's own main(); see learning_sides.py.
-
-Both sides have the same network, batch size, optimizer, learning rates, crops and number of
-samples. One evaluator then embeds the held-out images and captions, normalised as in training, and
-takes the recall at 1 among all of them, for ALBEF by its contrastive features. Weights and order of
-the samples differ between seeds, and so does recall: the table gives the mean, its standard error
-and every seed. Recall does not depend on how busy the machine is; samples a CPU second, start-up
-included, hardly do.
+and by the original's own main(), with the same network, batch size, optimizer, learning rates,
+crops and number of samples (learning_sides.py). One evaluator then takes the recall at 1 among all
+held-out images and captions, for ALBEF by its contrastive features: the mean of the seeds, its
+standard error, and each. Recall does not depend on how busy the machine is; samples a CPU second,
+start-up included, hardly do.
 """
 
 import csv

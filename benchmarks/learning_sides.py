@@ -1,12 +1,9 @@
 """The sides of benchmarks.learning: networks, their training, and how the last checkpoint embeds.
 
-CLIP trains by main.py and by open_clip's own script, which needs `pip install
+CLIP, ViT-T-8, trains by main.py and by open_clip's own script, which needs `pip install
 "open_clip_torch[training]"`, each from its own random weights and with its own choice of what
-decays: ViT-T-8, a ViT of 4 blocks, width 128, and a text transformer of 2 blocks. ALBEF trains by
-Pretrain.py and by the original's own main() from the same weights, its temperature fixed: a ViT of
-2 blocks, width 96, and a BERT of 2 layers, the second fusing.
-
-A side is a function of the options and the number of its `turn`, which chooses the seed.
+decays. ALBEF, of two blocks and two layers, trains by Pretrain.py and by the original's own main()
+from the same weights, its temperature fixed. A side's `turn` chooses its seed.
 """
 
 import contextlib

@@ -5,12 +5,12 @@
     python -m benchmarks.pretrain --peer PATH/TO/SIMLA --check  # do both compute the same losses?
 
 A step is momentum update, forward, backward, gradient norm and AdamW on captions of 25 tokens, for
-SIMLA with the image tokenizer (DALL-E's encoder, full size). Weights are random, nothing is
-downloaded. --precision, --compile and --activation-checkpointing are ours.
+SIMLA with the image tokenizer (DALL-E's encoder). --precision, --compile and
+--activation-checkpointing are ours.
 
 --peer runs github.com/codezakh/SIMLA or github.com/salesforce/ALBEF: their numeric code unchanged,
-with small stand-ins for the old libraries around it, or by --peer-python with the libraries of
-another interpreter (transformers 4.28.1, timm 0.4.12 were tried).
+with stand-ins for the old libraries around it, or by --peer-python with those of another
+interpreter (transformers 4.28.1, timm 0.4.12 were tried).
 """
 
 from dataclasses import dataclass, replace

@@ -4,9 +4,8 @@
     python -m benchmarks.retrieval --peer PATH/TO/ALBEF --system albef  # and are the scores equal?
 
 All images and captions are encoded; then each image's `k_test` nearest captions, and each caption's
-nearest images, are matched. A pair is a candidate of one direction; the same number counts for both
-sides. Weights and images are random, five captions an image. The original's evaluation function
-runs unchanged, with stand-ins for old libraries (or --peer-python, as in benchmarks.pretrain); its
+nearest images, are matched: a pair is a candidate of one direction. The original's evaluation runs
+unchanged, with stand-ins for old libraries (or --peer-python, as in benchmarks.pretrain); its
 weights are then ours. The table has the time that COCO's test would take by these rates.
 """
 

@@ -1,8 +1,7 @@
 """What every benchmark does: options, taking turns in fresh processes, and the check of the load.
 
-A benchmark names its sides, {name in the table: "MODULE:FUNCTION" for benchmarks.child}. Each
-measurement is a process of its own, so that memory is clean; the sides take turns, so that a change
-of the machine's speed disturbs all alike.
+Sides are {name in the table: "MODULE:FUNCTION" for benchmarks.child}. They take turns, so that a
+change of the machine's speed disturbs all alike.
 """
 
 import json
@@ -109,14 +108,11 @@ def idle_load(options: Options) -> float:
 
 # ---- turns
 def run_side(name: str, function: str, options: Options, processes: int = 0, **more) -> dict:
-    """One measurement in a fresh process: the dictionary that the function returns; `spent`, the
-    CPU seconds of the process and its workers from start to end; `others`, the cores that other
-    work used meanwhile. UserError with its last words if it fails.
+    """What the function makes, in a fresh process, of the options, the resolved `device`, its name
+    as `side`, and `more`; `spent`, the CPU seconds of all its processes; `others`, the cores that
+    other work used meanwhile. UserError with its last words if it fails.
 
-    The function takes the options, the resolved `device`, the side's name as `side`, and `more`;
-    those of benchmarks.peers run by --peer-python. processes: that torchrun starts; 0 = one
-    without it.
-    """
+    processes: that torchrun starts; 0 = one without it. benchmarks.peers run by --peer-python."""
     given = {**asdict(options), "device": device_of(options), "side": name, **more}
     python = function.startswith("benchmarks.peers.") and given["peer_python"]
     command = [python or sys.executable, "-m", "benchmarks.child", function]
@@ -141,10 +137,8 @@ def run_side(name: str, function: str, options: Options, processes: int = 0, **m
 
 def take_turns(options: Options, sides: dict[str, str], **more) -> dict[str, list[dict]]:
     """All measurements {the side's name: [results]}, ours first, each with the `load` before it.
-
-    They run in turn in the order of `sides`, every second time in reverse; each is given the number
-    of its `turn`, and the folder `exchange` that they share.
-    """
+    They run in the order of `sides`, every second `turn` in reverse, and share the folder
+    `exchange`."""
     order = list(sides)
     results = {name: [] for name in sorted(order, key=lambda name: name != OURS)}
     with tempfile.TemporaryDirectory() as folder:

@@ -37,11 +37,8 @@ def training_step(
     before: Callable[[], None] | None = None,
 ) -> dict:
     """`measure` of forward pass, backward pass, gradient norm and update on the device, the number
-    of `parameters` and the first step's `loss`.
-
-    loss_of: loss, 0-d, of what `model(**batch)` returns. decayed: see build_optimizer. before: what
-    else a step does, at its start.
-    """
+    of `parameters` and the first `loss`: `loss_of`, 0-d, of what `model(**batch)` returns. decayed:
+    see build_optimizer. before: what else a step does, at its start."""
     device = torch.device(options.device)
     features = ParallelOptions(
         compile=options.compile, activation_checkpointing=options.activation_checkpointing

@@ -1,8 +1,5 @@
-"""Tables of docs/BENCHMARKS.md: medians, ratios of neighbouring runs, and sections of the page.
-
-`results` is what `runner.take_turns` returns: {side: its measurements}, the i-th of two sides being
-neighbours in time. Several cases are one table with a row `CASE: SIDE` each.
-"""
+"""Tables of docs/BENCHMARKS.md of what `runner.take_turns` returns: medians, and ratios of
+neighbouring runs. Several cases are one table with a row `CASE: SIDE` each."""
 
 import os
 import platform
@@ -33,8 +30,7 @@ class Column:
     ratio: str = ""  # "lower" or "higher" is better; empty = the median itself
 
     def cell(self, runs: list[dict], ours: list[dict]) -> str:
-        """Text of a cell from a side's measurements and ours beside them, if there are; empty where
-        the side has no such figure or no partner."""
+        """Text of a cell from a side's measurements and ours beside them; empty without either."""
         values = [run[self.key] for run in runs if self.key in run]
         if not values or (self.ratio and not ours):
             return ""
@@ -124,12 +120,9 @@ def publish(
     columns: list[Column],
     remark: str = "",
 ) -> None:
-    """Print table, remark, machine, load and command; write them to the page of `report`.
-
-    The words of the title distinguish a setting: a run of the same setting replaces its section.
-    A tiny network's figures are printed only. UserError, after printing, if other work ran beside
-    the measurements and --busy does not allow it.
-    """
+    """Print table, remark, machine, load and command, and write them to the page of `report` in
+    place of the section with this title; a tiny network's are printed only. UserError, after
+    printing, if other work ran beside the measurements and --busy does not allow it."""
     heading = ", ".join(title + ["tiny"] * options.tiny)
     load = load_note([run for runs in results.values() for run in runs])
     parts = [table(results, columns), remark, f"Machine: {machine(options)}.{load}"]

@@ -1,10 +1,6 @@
-"""The original's side of benchmarks.learning --peer: ALBEF's own main() out of a checkout.
-
-Its training loop, data set, optimizer, schedule and networks run as they are. Around them is what
-they need to start today and at a small size: stand-ins for old libraries (stand_ins.py), our
-tokenizer in place of one of them, the sizes of the vision transformer, which the original writes
-into its code, and the views that both sides train on.
-"""
+"""The original's side of benchmarks.learning --peer: ALBEF's own main() out of a checkout, with
+stand-ins for old libraries, our tokenizer, the sizes of a small vision transformer, which the
+original writes into its code, and the views that both sides train on."""
 
 import importlib
 import json

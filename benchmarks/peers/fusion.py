@@ -1,9 +1,5 @@
-"""The originals' sides of benchmarks.pretrain and benchmarks.retrieval, SIMLA or ALBEF.
-
-The checkout's numeric code and recipes are as they are. Around them, what they need to start today:
-random weights instead of downloads, a process group of one, and stand-ins for old libraries
-(stand_ins.py).
-"""
+"""The originals' sides of benchmarks.pretrain and benchmarks.retrieval: SIMLA's or ALBEF's numeric
+code and recipes with random weights, a process group of one, and stand-ins for old libraries."""
 
 import importlib
 import types

@@ -1,8 +1,5 @@
 """The original's side of benchmarks.recognition: NXTP's functions and networks out of a checkout.
-
-Its numeric code runs unchanged; modules that it imports for other purposes are replaced by empty
-ones, `clip` by the two layers it uses.
-"""
+Modules that it imports for other purposes are empty, `clip` has the two layers that it uses."""
 
 import importlib
 import types
@@ -32,8 +29,7 @@ class QuickGELU(nn.Module):
 
 
 def start(options: types.SimpleNamespace) -> tuple:
-    """Its network with weights that both sides share, its module `encoding` and its settings;
-    modules that neither case uses are empty."""
+    """Its network with weights that both sides share, its module `encoding` and its settings."""
     torch.manual_seed(0)
     source = Path(options.peer) / "src"
     open_checkout(source)

@@ -1,8 +1,5 @@
-"""Stand-ins for the libraries that SIMLA, ALBEF and NXTP import: the few names they use.
-
-The originals were written for a version of transformers that today's Python cannot install; today's
-timm still has what they take from it.
-"""
+"""Stand-ins for the libraries that SIMLA, ALBEF and NXTP import: the few names they use. Today's
+Python cannot install their version of transformers; timm still has what they take from it."""
 
 import atexit
 import importlib
@@ -116,8 +113,7 @@ def open_checkout(folder: str | Path) -> None:
 
 
 def prepare(options: types.SimpleNamespace) -> None:
-    """Open the checkout, with stand-ins unless --peer-python has the old libraries; put back what
-    newer versions of installed libraries no longer offer."""
+    """Open the checkout, with stand-ins unless --peer-python has the old libraries."""
     open_checkout(options.peer)
     importlib.import_module("torch.optim.optimizer").required = object()
     if options.peer_python is None:

@@ -1,10 +1,6 @@
-"""The originals' sides of benchmarks.vit and benchmarks.align: TensorFlow's COYO-ViT and COYO-ALIGN
-out of their checkouts.
-
-Network, loss and optimizer are the originals' own, in float32 and as one graph; the data is random.
-The interpreter has TensorFlow (2.12.1 was tried), for COYO-ALIGN also tensorflow-addons and
-transformers 4.38, and need not have torch.
-"""
+"""The originals' sides of benchmarks.vit and benchmarks.align: COYO-ViT and COYO-ALIGN out of their
+checkouts, in float32 and as one graph. The interpreter has TensorFlow (2.12.1 was tried), for
+COYO-ALIGN also tensorflow-addons and transformers 4.38, and need not have torch."""
 
 import importlib
 import sys

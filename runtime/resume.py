@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from base.errors import UserError, brief
-from runtime.config.cli import differences
+from runtime.config.values import differences
 
 # what makes a run another one, under every name that the scripts have for it
 WEIGHTS = (

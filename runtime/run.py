@@ -26,7 +26,8 @@ from runtime.checkpoint import (
     find_damage,
     load_checked,
 )
-from runtime.config.cli import differences, save, to_dict
+from runtime.config.values import differences
+from runtime.config.yaml import save, to_dict
 from runtime.flops import peak_flops
 from runtime.interrupt import EXIT_REQUEUE, Interrupt
 from runtime.log import Meters, RunLog, Stopwatch, logged_values

@@ -15,7 +15,7 @@ from base.text import clean_surrogates
 from base.writing import ROOM, file_errors, strict_json, write_json, write_text
 from evaluation.report.page import join, link, page
 from evaluation.report.runs import write_index
-from runtime.config.cli import save, to_dict
+from runtime.config.yaml import save, to_dict
 from runtime.scores import rounded, score_lines
 
 

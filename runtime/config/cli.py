@@ -30,22 +30,15 @@ from base.errors import UnfitWeights, UserError
 from base.knobs import knob, restated, section
 from base.processes import SENTENCE_FILE, end_with_parent
 from base.writing import check_output_folder
-from runtime.advice import (
-    advice_on,
-    format_warning,
-    has_lost_peer,
-    launched_rank,
-    leave_with,
-)
+from runtime.advice import advice_on, format_warning, has_lost_peer, launched_rank, leave_with
 from runtime.bucket import output_in_bucket
 from runtime.builtin_data import make_digitscenes_if_named, of_its_images_alone
 from runtime.config.draft import COMMAND_LINE, Draft, at_flag, at_override, flag
 from runtime.config.old_commands import align
-from runtime.config.values import Option, differences, show
-from runtime.config.yaml import save, to_dict
+from runtime.config.values import Option, show
 from runtime.own_tokenizers import train_tokenizers_if_asked
 
-__all__ = ["differences", "knob", "parse", "restated", "run_script", "save", "section", "to_dict"]
+__all__ = ["knob", "parse", "restated", "run_script", "section"]
 
 C = TypeVar("C")
 HELP = ("h", "help")
@@ -217,17 +210,6 @@ def _help_lines(names: Sequence[str], k: Option) -> str:
     return f"  {flags} {k.placeholder}\n{meaning}"
 
 
-def with_checkpoint_named(main: Callable[[C], Any], config: C) -> None:
-    """main(config); weights that do not fit, and of which no file is named, are --checkpoint's."""
-    try:
-        main(config)
-    except UnfitWeights as error:
-        file = getattr(config, "checkpoint", None)
-        if file is None or str(file) in str(error):
-            raise
-        raise UserError(f"{file}: {error}") from None
-
-
 def run_script(
     main: Callable[[C], Any], cls: type[C], description: str | None = None, argv=None
 ) -> None:
@@ -238,6 +220,7 @@ def run_script(
         end_with_parent()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # words and names that are not UTF-8
+    config = None
     try:
         config = parse(cls, argv, description)
         has_folder = isinstance(getattr(config, "output_dir", None), Path)
@@ -249,7 +232,7 @@ def run_script(
             leave_when_signalled()
         make_digitscenes_if_named(config)
         if not has_folder:
-            with_checkpoint_named(main, config)
+            main(config)
         else:
             from base.memory import check_batches
 
@@ -258,7 +241,7 @@ def run_script(
                 check_output_folder(config.output_dir)
                 train_tokenizers_if_asked(config)
                 flight_recorder.record_in(config.output_dir)
-                with_checkpoint_named(main, config)
+                main(config)
         if "base.distributed" in sys.modules:  # a script without torch does not load it for this
             sys.modules["base.distributed"].shutdown()
     except KeyboardInterrupt:
@@ -267,4 +250,7 @@ def run_script(
         advice = advice_on(error)
         if advice is None:
             raise
+        file = getattr(config, "checkpoint", None)
+        if isinstance(error, UnfitWeights) and file and str(file) not in advice:
+            advice = f"{file}: {advice}"  # whose weights they are
         leave_with(advice, status=1 if has_lost_peer(error) else 2)

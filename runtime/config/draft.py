@@ -23,7 +23,6 @@ from runtime.config.yaml import line_of, parse_yaml, read_yaml
 
 NAMES_COLUMNS = re.compile(r"\?\w+=")  # as in pairs.csv?caption=title,alt
 
-
 # where a key was written, as a message says it
 Place = Callable[[str], str]
 
@@ -70,7 +69,9 @@ class Draft:
         if here := new_names.get(key.replace("-", "_")):  # before a section's name of old
             raise UserError(f"unknown key; here it is {here}")
         if path is None:
-            raise UserError(f"unknown key; {self.hint(key, typed)}")
+            if near := self.schema.nearest(key):
+                raise UserError(f"unknown key; did you mean {typed(near)}?")
+            raise UserError("unknown key; see --help")
         if path in self.schema.knobs:
             self.put_knob(path, value, place)
         elif path in self.schema.ignored:
@@ -82,11 +83,6 @@ class Draft:
             self.put_section(path, value, place, f"{key}.")
         elif value is not None:
             raise UserError(f"expected a section (key: value), got {brief(value)}")
-
-    def hint(self, key: str, typed: Callable[[str], str]) -> str:
-        """What to write instead of an unknown key."""
-        near = self.schema.nearest(key)
-        return f"did you mean {typed(near)}?" if near else "see --help"
 
     def put_knob(self, path: str, value: Any, place: Place) -> None:
         """Set the knob `path`. UserError for a value that it cannot have."""

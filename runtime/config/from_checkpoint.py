@@ -138,17 +138,16 @@ def _found_from_here(saved: Mapping[str, Any], run: Path) -> dict[str, Any]:
         value = saved.get(name)
         if not isinstance(value, str) or os.path.isabs(value):
             continue
-        if saved.get("output_dir") == "." and os.path.exists(run / value):
-            saved[name] = str(run / value)  # of an export, whatever the current folder holds
-            continue
-        if os.path.exists(value):
-            continue
-        places = []
+        places = [value]
         if Path(value).is_relative_to(output_dir):
             places.append(run / Path(value).relative_to(output_dir))
+        if saved.get("output_dir") == ".":
+            places.reverse()  # of an export, whatever the current folder holds
         if below / output_dir == run.absolute():
             places.append(below / value)
-        saved[name] = next((str(place) for place in places if os.path.exists(place)), value)
+        found = [place for place in places if os.path.exists(place)]
+        if found:
+            saved[name] = str(found[0])
     return saved
 
 

@@ -67,24 +67,21 @@ class Option(Knob):
         The word none is None, in files as after flags, and the empty list of a list; a single value
         counts as a list of one.
         """
-        try:
-            return self._read(value)
-        except ValueError:
-            raise UserError(self.complaint(value)) from None
-
-    def _read(self, value: Any) -> Any:
         of_any_length = self.many is not None and self.length is None
+        items = value if self.many else [value]
         if str(value).lower() in ("none", "null"):
             if self.optional:
                 return None
-            value = [] if of_any_length else value
-        if self.many is None:
-            return self._read_one(value)
-        if of_any_length and isinstance(value, str | int | float | Path):
-            value = [value]
-        if not isinstance(value, list | tuple) or self.length not in (None, len(value)):
-            raise ValueError(value)
-        return self.many(self._read_one(item) for item in value)
+            items = [] if of_any_length else items
+        elif of_any_length and isinstance(value, str | int | float | Path):
+            items = [value]
+        try:
+            if not isinstance(items, list | tuple) or self.length not in (None, len(items)):
+                raise ValueError(value)
+            found = [self._read_one(item) for item in items]
+        except ValueError:
+            raise UserError(self.complaint(value)) from None
+        return self.many(found) if self.many else found[0]
 
     def _read_one(self, value: Any) -> Any:
         value = convert(value, self.kind)

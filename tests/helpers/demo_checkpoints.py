@@ -16,7 +16,8 @@ from dataset.text.wordpiece import Tokenizer
 from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from runtime.checkpoint import export_safetensors
-from runtime.config.cli import parse, to_dict
+from runtime.config.cli import parse
+from runtime.config.yaml import to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {

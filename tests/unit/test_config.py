@@ -27,18 +27,16 @@ from models.weights.clip import load_text_transformer
 from models.weights.loading import load_checkpoint
 from runtime.config import cli as config_module
 from runtime.config.cli import (
-    differences,
     knob,
     parse,
     run_script,
-    save,
     section,
-    to_dict,
 )
 from runtime.config.draft import Draft
 from runtime.config.networks import FusionNetworks, Geometry
 from runtime.config.schema import Schema
-from runtime.config.values import Option, of_type
+from runtime.config.values import Option, differences, of_type
+from runtime.config.yaml import save, to_dict
 from tests.helpers.configs import NEEDED, load
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from base.errors import UserError
 from base.hub import from_hub
-from base.names import did_you_mean, nearest
+from base.names import did_you_mean, nearest, some
 from base.pixels import RESAMPLING, Pixels, crop_side, processor_statistics
 
 LIBRARIES = ("open_clip", "timm", "hf")
@@ -235,18 +235,14 @@ def check_open_clip(name: str, tag: str | None, has_weights: bool) -> None:
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag is not None and open_clip.get_pretrained_cfg(name, tag) in (None, {}):
         hint = did_you_mean(tag, tags, 0.3)
-        listed = _some(tags) or "none"
+        listed = some(tags) or "none"
         raise UserError(f"open_clip/{name} has no weights {tag!r}{hint}; there are: {listed}")
     if tag is None and not has_weights:
-        listed = f" such as open_clip/{name}:{tags[0]} (of {_some(tags)})" if tags else ""
+        listed = f" such as open_clip/{name}:{tags[0]} (of {some(tags)})" if tags else ""
         raise UserError(
             f"open_clip/{name}: name its weights{listed}, or add --checkpoint FILE or "
             "--random-weights"
         )
-
-
-def _some(tags: list[str], most: int = 6) -> str:
-    return ", ".join(tags[:most]) + (", …" if len(tags) > most else "")
 
 
 def quick_gelu(name: str, tag: str | None) -> bool:
@@ -270,7 +266,7 @@ def open_clip_pixels(name: str, tag: str | None) -> dict[str, Any] | None:
         if look not in looks:
             looks.append(look)
     if len(looks) > 1:
-        tags = _some(open_clip.list_pretrained_tags_by_model(name))
+        tags = some(open_clip.list_pretrained_tags_by_model(name))
         raise UserError(
             f"open_clip/{name}: its weights differ in mean and std of the pixels; name those whose "
             f"transform is meant as open_clip/{name}:TAG, TAG of {tags}"

@@ -1,6 +1,6 @@
 """Names of files, records and options: hidden ones, shards, and the nearest of some."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -65,6 +65,11 @@ def check_stems(paths: Iterable[Path], option: str, taken: Container[str] = ()) 
                 f"{option}: what is made of {other} and of {path} would both be called {path.stem}; "
                 "name them in two commands"
             )
+
+
+def some(names: Sequence[str], most: int = 8) -> str:
+    """The first names, for a message."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def nearest(name: object, known: Iterable[object], cutoff: float = 0.5) -> str | None:

@@ -76,11 +76,9 @@ def read_text(path: str | Path, remedy: str = "check its name", limit: int = TEX
         raise UserError(message) from None
 
 
-def read_lines(
-    path: str | Path, remedy: str = "check its name", limit: int = TEXT_BYTES
-) -> list[str]:
+def read_lines(path: str | Path, remedy: str = "check its name") -> list[str]:
     """Lines of a text file (see `base.text.lines_in`)."""
-    return lines_in(read_text(path, remedy, limit))
+    return lines_in(read_text(path, remedy))
 
 
 def read_json(
@@ -146,14 +144,12 @@ def parse_first_entry(data: bytes) -> Any:
     return clean_surrogates(value) if SURROGATE_ESCAPE.search(data) else value
 
 
-def read_json_lines(
-    path: str | Path, remedy: str = "fix or fetch the file again"
-) -> Iterator[dict]:
+def read_json_lines(path: str | Path) -> Iterator[dict]:
     """The objects of a JSON lines file in order; blank lines are skipped. UserError names file and
     line."""
-    for number, line in enumerate(read_lines(path, remedy), 1):
+    for number, line in enumerate(read_lines(path, "fix or fetch the file again"), 1):
         if line.strip():
-            yield parse_json(line, f"{path}, line {number}", dict, remedy)
+            yield parse_json(line, f"{path}, line {number}", dict)
 
 
 def repeated_key(pairs: list[tuple[str, Any]]) -> str | None:

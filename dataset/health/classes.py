@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from base.names import nearest
+from base.names import nearest, some
 from dataset.sources.class_folder import class_folders
 
 UNBALANCED = 50  # times as many images in the largest class as in the smallest
@@ -39,7 +39,7 @@ def look_at_classes(parts: Sequence, listed: Sequence[str] = ()) -> None:
             part.findings = class_findings(part.classes, listed, trained)
             empty = [name for name in folders if name not in part.classes]
             if empty and not {*part.classes} - {*folders}:  # folders are the classes
-                finding = Finding("folder without images", len(empty), _some(empty), True)
+                finding = Finding("folder without images", len(empty), some(empty, SHOWN), True)
                 part.findings.insert(0, finding)
             known = set(listed)
             part.unknown_labels = {label for label in names if known and names[label] not in known}
@@ -73,17 +73,19 @@ def class_findings(
     if unknown:
         like = nearest(unknown[0], listed)
         hint = f"; did the list mean {like}?" if like else ""
-        found.append(Finding("class not in the list", len(unknown), _some(unknown) + hint, True))
+        found.append(
+            Finding("class not in the list", len(unknown), some(unknown, SHOWN) + hint, True)
+        )
     trained = None if trained is None else set(trained)
     alone = [name for name in shown if trained and name not in trained]
     if alone:
-        found.append(Finding("class never trained", len(alone), _some(alone), True))
+        found.append(Finding("class never trained", len(alone), some(alone, SHOWN), True))
     unused = [name for name in dict.fromkeys(listed) if name not in shown]
     if unused:
-        found.append(Finding("class without images", len(unused), _some(unused)))
+        found.append(Finding("class without images", len(unused), some(unused, SHOWN)))
     twice = [name for name, count in Counter(listed).items() if count > 1]
     if twice:
-        found.append(Finding("repeated class name", len(twice), _some(twice)))
+        found.append(Finding("repeated class name", len(twice), some(twice, SHOWN)))
     alike = similar_names([*shown, *listed])
     if alike:
         example = "; ".join(" = ".join(group) for group in alike[:SHOWN])
@@ -113,7 +115,3 @@ def _plain(name: str) -> str:
     letters = "".join(letter for letter in apart if not unicodedata.combining(letter))
     words = re.sub(r"[\s_\-]+", "", letters)
     return words[:-1] if len(words) > 3 and words.endswith("s") and words[-2] != "s" else words
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")

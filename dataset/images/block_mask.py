@@ -6,36 +6,27 @@ import random
 import torch
 
 ATTEMPTS = 10
+ASPECTS = 0.3, 1 / 0.3  # of a rectangle
 
 
 class BlockMask:
     """Masks a fraction of a patch grid with random rectangles.
 
-    height, width: the grid in patches. ratio: fraction of patches to mask, the original's 75 of 256
-    whatever the grid.
-    min_block: patches of the smallest rectangle drawn, by default one sixteenth of the grid (16 of
-    256).
+    side: of the square grid, in patches. ratio: fraction of patches to mask, the original's 75 of
+    256 whatever the grid. min_block: patches of the smallest rectangle drawn, by default one
+    sixteenth of the grid (16 of 256).
     Draws come from Python's `random` in the order area, aspect, top, left.
     """
 
-    def __init__(
-        self,
-        height: int,
-        width: int | None = None,
-        ratio: float = 75 / 256,
-        min_block: int | None = None,
-        min_aspect: float = 0.3,
-    ):
-        self.height = height
-        self.width = width or height
-        self.total = round(ratio * self.height * self.width)
-        self.min_block = min_block or max(1, self.height * self.width // 16)
-        self.log_aspect = math.log(min_aspect), math.log(1 / min_aspect)
+    def __init__(self, side: int, ratio: float = 75 / 256, min_block: int | None = None):
+        self.side = side
+        self.total = round(ratio * side * side)
+        self.min_block = min_block or max(1, side**2 // 16)
 
     def __call__(self) -> torch.Tensor:
-        """bool [height, width], True where masked. At most, and nearly always exactly, `total`
-        patches are True."""
-        mask = torch.zeros(self.height, self.width, dtype=torch.bool)
+        """bool [side, side], True where masked. At most, and nearly always exactly, `total` patches
+        are True."""
+        mask = torch.zeros(self.side, self.side, dtype=torch.bool)
         count = 0
         while count < self.total:
             added = self._add_block(mask, self.total - count)
@@ -49,13 +40,13 @@ class BlockMask:
         attempt fitted."""
         for _ in range(ATTEMPTS):
             area = random.uniform(self.min_block, budget)
-            aspect = math.exp(random.uniform(*self.log_aspect))
+            aspect = math.exp(random.uniform(*map(math.log, ASPECTS)))
             height = round(math.sqrt(area * aspect))
             width = round(math.sqrt(area / aspect))
-            if height >= self.height or width >= self.width:
+            if max(height, width) >= self.side:
                 continue
-            top = random.randint(0, self.height - height)
-            left = random.randint(0, self.width - width)
+            top = random.randint(0, self.side - height)
+            left = random.randint(0, self.side - width)
             block = mask[top : top + height, left : left + width]
             new = height * width - int(block.sum())
             if 0 < new <= budget:

@@ -15,6 +15,7 @@ import numpy as np
 
 from base.caches import cached_path, digest, one_builder, states_digest
 from base.errors import UserError, brief
+from base.names import some
 from base.reading import parse_entry, parse_first_entry
 from base.text import as_list, text_of
 from base.writing import atomic_write
@@ -365,7 +366,8 @@ def _fault(entry: object, required: Sequence[str]) -> str | None:
         if field not in entry:
             remedy = published_remedy(entry) or named_otherwise(entry, field, required)
             remedy = remedy or "add the field or remove the entry"
-            return f"no field {field!r} (it has {_listed(entry)}); {remedy}"
+            names = some([name[:40] for name in entry]) or "none"
+            return f"no field {field!r} (it has {names}); {remedy}"
         types = FIELD_TYPES.get(field, (object,))
         value = entry[field]
         is_odd_bool = isinstance(value, bool) and types != (object,) and bool not in types
@@ -406,13 +408,6 @@ def named_otherwise(entry: dict, field: str, required: Sequence[str] = ()) -> st
     """How to say that an entry holds a field under one of its usual names; None where it does not."""
     usual = usual_column(field, list(entry), required)
     return f"write FILE?{field}={usual}" if usual else None
-
-
-def _listed(names: Iterable[str], most: int = 8) -> str:
-    """A few names for a message."""
-    names = list(names)
-    shown = ", ".join(name[:40] for name in names[:most])
-    return shown + (" ..." if len(names) > most else "") or "none"
 
 
 def _progress_bar(path: Path):

@@ -37,6 +37,7 @@ from dataset.text.choice import with_text
 from dataset.text.nouns import parse_nouns
 from dataset.text.prompts import CAPTION_PROMPTS, LABEL_PROMPTS
 from dataset.text.sentencepiece import PieceTokenizer
+from dataset.text.wordpiece import mlm_targets
 
 IGNORED = -100  # target of a position without one
 STEP = 8  # texts are padded to multiples of it
@@ -164,12 +165,8 @@ def pad_batch(
         for text in texts:
             room = length - len(text[key])
             rows[key].append(text[key] + [empty] * room)
-    targets = torch.tensor(rows.pop("targets")).flatten()
-    positions = (targets != IGNORED).nonzero().flatten()
-    room = -len(positions) % 32
     batch = {key: torch.tensor(value) for key, value in rows.items()}
-    batch["positions"] = torch.nn.functional.pad(positions, (0, room))
-    batch["labels"] = torch.nn.functional.pad(targets[positions], (0, room), value=IGNORED)
+    batch["positions"], batch["labels"] = mlm_targets(batch.pop("targets"))
     return batch
 
 

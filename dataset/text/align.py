@@ -4,11 +4,10 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from base.errors import UserError
-from dataset.text.wordpiece import Tokenizer, padded_length
+from dataset.text.wordpiece import Tokenizer, padded
 
 
 class AlignTokenizer:
@@ -44,8 +43,4 @@ class AlignTokenizer:
     def __call__(self, texts: Iterable[str], lengths: Sequence[int] | None = None) -> Tensor:
         """int64 [B,L]. lengths: the allowed L; None for the whole context, () for multiples of
         8."""
-        rows = [self.row(text) for text in texts]
-        width = self.context_length
-        if lengths is not None:
-            width = padded_length(max(map(len, rows)), self.context_length, lengths)
-        return torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        return padded([self.row(text) for text in texts], 0, self.context_length, lengths)

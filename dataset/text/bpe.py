@@ -15,7 +15,7 @@ from base.addresses import where_from
 from base.errors import UserError
 from base.limits import VOCABULARY_BYTES
 from base.reading import read_bytes
-from dataset.text.wordpiece import padded_length
+from dataset.text.wordpiece import padded
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # special tokens, English contractions, words, single digits, runs of anything else
@@ -96,11 +96,7 @@ class ClipTokenizer:
     def __call__(self, texts: Iterable[str], lengths: Sequence[int] | None = None) -> torch.Tensor:
         """int64 [B,L], padded with 0. lengths: the allowed L; None for the whole context, () for
         multiples of 8."""
-        rows = [self.row(text) for text in texts]
-        width = self.context_length
-        if lengths is not None:
-            width = padded_length(max(map(len, rows)), self.context_length, lengths)
-        return torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        return padded([self.row(text) for text in texts], 0, self.context_length, lengths)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text behind ids, with a blank after every word."""

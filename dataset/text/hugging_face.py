@@ -3,12 +3,11 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from base.errors import UserError
 from base.libraries import hugging_face_tokenizer
-from dataset.text.wordpiece import padded_length
+from dataset.text.wordpiece import padded
 
 
 class FolderTokenizer:
@@ -39,7 +38,4 @@ class FolderTokenizer:
         """lengths: the allowed L; None for the whole context, () for multiples of 8."""
         longest = self.context_length
         rows = self.backend(list(texts), truncation=True, max_length=longest)["input_ids"]
-        width = longest
-        if lengths is not None and not self.whole:
-            width = padded_length(max(map(len, rows)), longest, lengths)
-        return torch.tensor([row + [self.pad_id] * (width - len(row)) for row in rows])
+        return padded(rows, self.pad_id, longest, None if self.whole else lengths)

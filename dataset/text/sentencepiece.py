@@ -26,28 +26,25 @@ class PieceTokenizer:
     UserError where the file is neither, or lacks BOS, EOS or the comma.
     """
 
-    def __init__(self, model: str | Path, special: Sequence[str] = (IMAGE,)):
+    def __init__(self, model: str | Path):
         self.path = find_model(Path(model))
-        self.special = (*special, EMPTY)
         self.pieces = _load(self.path)
-        self.ids = {}
-        for number, token in enumerate(self.special, start=len(self.pieces)):
-            self.ids[token] = number
+        self.image = len(self.pieces)
+        self.pad = self.image + 1
+        self.vocab_size = self.image + 2
+        self.ids = {IMAGE: self.image, EMPTY: self.pad}
         self.names = {number: token for token, number in self.ids.items()}
-        self.vocab_size = len(self.pieces) + len(self.special)
         self.bos = self.pieces.bos_id()
         self.eos = self.pieces.eos_id()
-        self.pad = self.ids[EMPTY]
-        self.image = self.ids.get(IMAGE, self.pad)
         self.delimiter = self.pieces.piece_to_id(",")
         if min(self.bos, self.eos) < 0 or self.delimiter == self.pieces.unk_id():
             raise UserError(
                 f"{self.path}: the tokenizer lacks BOS, EOS or a piece ',' to tell labels apart with"
             )
-        self._split = re.compile("|".join(f"({re.escape(token)})" for token in self.special))
+        self._split = re.compile("|".join(f"({re.escape(token)})" for token in self.ids))
 
     def __reduce__(self):
-        return PieceTokenizer, (self.path, self.special[:-1])
+        return PieceTokenizer, (self.path,)
 
     def __str__(self) -> str:
         return str(self.path)

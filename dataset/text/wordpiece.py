@@ -163,6 +163,16 @@ def padded_length(longest: int, max_length: int | None, lengths: Sequence[int] |
     return rounded if max_length is None else max(longest, min(rounded, max_length))
 
 
+def padded(
+    rows: Sequence[list[int]], pad: int, longest: int, lengths: Sequence[int] | None
+) -> torch.Tensor:
+    """Ids int64 [B,L]. lengths: the allowed L; None for `longest`, () for multiples of 8."""
+    width = longest
+    if lengths is not None:
+        width = padded_length(max(map(len, rows)), longest, lengths)
+    return torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+
+
 def mask_tokens(
     ids: torch.Tensor,
     probability: float,

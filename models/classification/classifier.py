@@ -202,14 +202,6 @@ class VisionClassifier(ViT):
         nn.init.zeros_(self.head.weight)
         nn.init.constant_(self.head.bias, bias)
 
-    def features(self, image: Tensor) -> Tensor:
-        """Normalised class token [B,D] of images [B,3,S,S]."""
-        x = self.embed(image)
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x)
-        return self.norm(last(x, first=True)[:, 0])  # the last block computes that token alone
-
     def logits(self, image: Tensor) -> Tensor:
         """float32 [B,C] of images [B,3,S,S]."""
         return self.head(self.pre_logits(self.features(image))).float()

@@ -121,20 +121,16 @@ def build_dual(config: DualConfig, visual: nn.Module | None = None) -> DualEncod
         raise UserError("tower_classes joins towers of libraries: give image_tower and text_tower")
     if visual is None and config.image_tower:
         visual = TimmTower(config.image_tower, classes=config.tower_classes is not None)
-    if config.text_tower is None and visual is None:
-        return build_fitting(
-            lambda: model(config, build_backbone(backbone, config.image_size)), config.model
-        )
-    visual = visual or build_backbone(backbone, config.image_size)
+    build_image = partial(build_backbone, backbone, config.image_size)
     if config.text_tower is None:
-        return model(config, visual)
+        return build_fitting(lambda: model(config, visual or build_image()), config.model)
     if model not in (CLIP, SigLIP):
         raise UserError(f"text_tower: {config.model} has its own; use *_CLIP or *_SIGLIP")
     text_tower = HuggingFaceText(config.text_tower)
     width = text_tower.num_features
     if config.tower_classes and (config.embed_dim, config.clip_proj_type) != (width, "linear"):
         raise UserError(f"tower_classes: set embed_dim to {width}, clip_proj_type to linear")
-    return model(config, visual, text_tower=text_tower)
+    return model(config, visual or build_image(), text_tower=text_tower)
 
 
 def with_library_sizes(config: DualConfig) -> DualConfig:

@@ -52,11 +52,7 @@ class ClipViT(ViT):
         nn.init.normal_(self.cls_token, std=1e-6)
 
     def forward(self, image: Tensor) -> Tensor:
-        x = self.embed(image)
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x)
-        return self.norm(last(x, first=True)[:, 0])  # the last block computes that token alone
+        return self.features(image)
 
 
 def has_batch_norm(module: nn.Module) -> bool:

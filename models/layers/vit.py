@@ -311,6 +311,14 @@ class ViT(nn.Module):
         x = self.norm(x)
         return x if map_block is None else (x, probabilities)
 
+    def features(self, image: Tensor) -> Tensor:
+        """Normalised class token [B,D] of images [B,3,S,S]; the last block computes it alone."""
+        x = self.embed(image)
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x)
+        return self.norm(last(x, first=True)[:, 0])
+
 
 def check_geometry(config: ViTConfig) -> None:
     """Raise UserError where the sizes do not divide."""

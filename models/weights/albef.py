@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from base.distributed import say
 from base.errors import UnfitWeights, UserError
 from base.hub import from_hub
+from base.names import some
 from base.reading import read_json
 from base.torch_files import find_index, read_index, read_tensors
 from models.layers.positions import resize_positions
-from models.weights.loading import Differences, State, count, load_checkpoint, matches, some
+from models.weights.loading import Differences, State, count, load_checkpoint, matches
 from models.weights.stated import check_stated
 
 LAYER = re.compile(r"(.*encoder\.layer\.)(\d+)(\..*)")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import UnfitWeights, UserError
+from base.names import some
 
 State = Mapping[str, Tensor]
 C = TypeVar("C")
@@ -178,7 +179,3 @@ def from_saved(kind: type[C], values: Mapping[str, Any]) -> C:
 
 def matches(key: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in patterns)
-
-
-def some(keys: list[str], most: int = 10) -> str:
-    return ", ".join(keys[:most]) + (f", … ({len(keys) - most} more)" if len(keys) > most else "")

@@ -14,6 +14,7 @@ NOT_HIDDEN = (  # of the matrices: tables and heads, which Muon is not for
 )
 # of a group, under the names that torch.optim.Muon saves: checkpoints have all of them
 OPTIONS = {
+    "momentum": 0.95,
     "nesterov": True,
     "ns_coefficients": (3.4445, -4.775, 2.0315),  # of the quintic iteration, Jordan et al.
     "ns_steps": 5,
@@ -40,16 +41,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler leaves found_inf to the step
 
-    def __init__(
-        self,
-        groups: list[dict],
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        momentum: float = 0.95,
-    ):
-        options = {"lr": lr, "momentum": momentum, **OPTIONS}
-        hidden = [{**group, **options} for group in groups if group["muon"]]
+    def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], eps: float):
+        hidden = [{**group, "lr": lr, **OPTIONS} for group in groups if group["muon"]]
         rest = [group for group in groups if not group["muon"]]
         self.adamw = None
         if rest:

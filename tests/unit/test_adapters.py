@@ -227,7 +227,7 @@ def test_every_difference_is_listed_and_nothing_is_loaded():
 
 
 def test_long_lists_are_cut():
-    with pytest.raises(UserError, match=r"12 unexpected: .*\(2 more\)"):
+    with pytest.raises(UserError, match=r"12 unexpected: k0, .*, k7, …"):
         load_checkpoint(nn.Identity(), {f"k{i}": torch.ones(1) for i in range(12)})
 
 

@@ -225,9 +225,7 @@ def run_script(
         config = parse(cls, argv, description)
         has_folder = isinstance(getattr(config, "output_dir", None), Path)
         if has_folder:
-            from runtime.interrupt import (
-                leave_when_signalled,
-            )  # here, for --help goes without torch
+            from runtime.interrupt import leave_when_signalled  # here: --help goes without torch
 
             leave_when_signalled()
         make_digitscenes_if_named(config)

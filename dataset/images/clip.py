@@ -254,8 +254,8 @@ def color_jitter(
     return image
 
 
-def turn_hue(image: Tensor, share: float) -> Tensor:
-    """Hue turned by `share` of the circle in HSV; value and chroma stay.
+def turn_hue(image: Tensor, fraction: float) -> Tensor:
+    """Hue turned by `fraction` of the circle in HSV; value and chroma stay.
 
     A channel of hue h (in sixths of the circle) is V - C max(0, min(k, 4 - k, 1)) with k = (n + h)
     mod 6 and n = 5, 3, 1 for red, green, blue; min(k, 4 - k) is 2 less the distance of k from 2.
@@ -271,7 +271,7 @@ def turn_hue(image: Tensor, share: float) -> Tensor:
     sixths = torch.where(value == red, (green - blue).mul_(inverse), sixths)
     out = torch.empty_like(image)
     for channel, n in zip(out, (5, 3, 1), strict=True):
-        distance = sixths + (n + 6 * share - 2)
+        distance = sixths + (n + 6 * fraction - 2)
         distance.sub_(
             (distance * (1 / 6)).round_(), alpha=6
         ).abs_()  # along the circle, from where the channel is lowest

@@ -35,15 +35,15 @@ class RandAugment:
     def __init__(self, count: int = 2, level: float = 7, compat: str = "none"):
         self.count = count
         self.original = compat == "original"
-        share = level / 10
+        fraction = level / 10
         self.strength = {
-            "Brightness": 1.8 * share + 0.1,
-            "Sharpness": 1.8 * share + 0.1,
-            "ShearX": 0.3 * share,
-            "ShearY": 0.3 * share,
-            "TranslateX": 10 * share,
-            "TranslateY": 10 * share,
-            "Rotate": 30 * share,
+            "Brightness": 1.8 * fraction + 0.1,
+            "Sharpness": 1.8 * fraction + 0.1,
+            "ShearX": 0.3 * fraction,
+            "ShearY": 0.3 * fraction,
+            "TranslateX": 10 * fraction,
+            "TranslateY": 10 * fraction,
+            "Rotate": 30 * fraction,
         }
 
     def draw(self, rng=np.random) -> list[tuple[str, float]]:

@@ -128,7 +128,7 @@ def inception_box(
     uniform among those that fit the area. Small crops are likelier than with torchvision's, whose
     area is uniform. The whole image after 100 draws in vain.
     """
-    least, most = (share * height * width for share in area)
+    least, most = (fraction * height * width for fraction in area)
     for _ in range(ATTEMPTS):
         ratio = float(torch.empty(()).uniform_(*aspect))
         tallest = round(math.sqrt(most / ratio))

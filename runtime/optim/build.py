@@ -67,8 +67,8 @@ class Optimizer:
     )
     lr_scales: list[str] = knob(
         [],
-        "NAME=SHARE each: parameters whose names begin with NAME, or the towers image and text of "
-        "a dual encoder, learn at SHARE times lr",
+        "NAME=FACTOR each: parameters whose names begin with NAME, or the towers image and text of "
+        "a dual encoder, learn at FACTOR times lr",
         rare=True,
     )
     layer_decay: float | None = knob(
@@ -152,7 +152,7 @@ def named_scales(model: nn.Module, written: Iterable[str]) -> dict[str, float]:
         except ValueError:
             scale = -1.0
         if not 0 <= scale < math.inf:
-            raise UserError(f"lr_scales: {entry!r} is not NAME=SHARE, such as text_model=0.1")
+            raise UserError(f"lr_scales: {entry!r} is not NAME=FACTOR, such as text_model=0.1")
         starts = towers.get(start, (start,))
         if not any(name.startswith(starts) for name in names):
             parts = ", ".join(dict.fromkeys([*towers, *(name.split(".")[0] for name in names)]))

@@ -106,9 +106,9 @@ def test_parts_may_learn_more_slowly():
     slower = {"dense.weight": 0.5, "dense.bias": 0.5, "norm.weight": 0, "norm.bias": 0}
     assert found == {"pos_embed": 1, "temp": 1} | slower
     for wrong, words in (
-        ("dense", "not NAME=SHARE"),
-        ("norm=x", "not NAME=SHARE"),
-        ("norm=inf", "not NAME=SHARE"),
+        ("dense", "not NAME=FACTOR"),
+        ("norm=x", "not NAME=FACTOR"),
+        ("norm=inf", "not NAME=FACTOR"),
         ("x=1", "model has pos_embed"),
     ):
         with pytest.raises(UserError, match=words):

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import TypeVar
 
 from base.errors import UserError
@@ -18,6 +19,17 @@ from base.errors import UserError
 SENTENCE_FILE = "QUINTET_SENTENCE_FILE"
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def linux_bytes(file: str, field: str) -> int:
+    """A field of a file of /proc that has kB, such as Rss of /proc/self/smaps_rollup."""
+    fields = dict(line.split(":", 1) for line in Path(file).read_text().splitlines())
+    return int(fields[field].split()[0]) * 1024
+
+
+def peak_resident_bytes() -> int:
+    """Highest resident memory of this process so far; getrusage begins at the launching process's."""
+    return linux_bytes("/proc/self/status", "VmHWM")
 
 
 def end_with_parent() -> None:

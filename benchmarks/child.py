@@ -13,8 +13,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
+
+from base.processes import peak_resident_bytes
 
 
 def call(function: str, options: dict) -> dict | None:
@@ -67,14 +68,7 @@ def peak_bytes(device: str) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated()
-    # unlike getrusage's, never the launching process's peak
-    return linux_bytes("/proc/self/status", "VmHWM")
-
-
-def linux_bytes(file: str, field: str) -> int:
-    """A field of a file of /proc that has kB, such as VmHWM of status."""
-    fields = dict(line.split(":", 1) for line in Path(file).read_text().splitlines())
-    return int(fields[field].split()[0]) * 1024
+    return peak_resident_bytes()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from base.distributed import alone
-from benchmarks.child import linux_bytes, measure_once, peak_bytes
+from base.processes import linux_bytes
+from benchmarks.child import measure_once, peak_bytes
 from benchmarks.runner import OURS, Options, device_of, take_turns
 from benchmarks.table import CPU_SECONDS, FASTER, FASTER_CPU, SECONDS, Column, publish
 from evaluation.features import Bank

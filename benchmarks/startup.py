@@ -25,7 +25,8 @@ from PIL import Image
 import main as training
 from base import distributed
 from base.errors import UserError
-from benchmarks.child import linux_bytes, measure_once, peak_bytes
+from base.processes import linux_bytes
+from benchmarks.child import measure_once, peak_bytes
 from benchmarks.runner import OURS, Options, take_turns
 from benchmarks.table import Column, publish
 from dataset.sources.tar_writer import statistics_file, write_shard, write_statistics

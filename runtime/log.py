@@ -14,6 +14,7 @@ from base import distributed
 from base.bars import progress_bar
 from base.distributed import World
 from base.errors import UserError, first_line
+from base.processes import peak_resident_bytes
 from base.reading import parse_json
 from base.writing import file_errors, strict_json, write_bytes, write_text
 from runtime.checkpoint import RESUMABLE
@@ -96,19 +97,12 @@ class Stopwatch:
         }
         if self.world.device.type == "cuda":
             figures["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        else:
-            figures["memory_gb"] = _peak_resident_bytes() / 1e9
+        elif sys.platform == "linux":
+            figures["memory_gb"] = peak_resident_bytes() / 1e9
         if self.flops and self.peak:
             figures["mfu"] = self.flops * self.steps / seconds / self.peak
         self.restart()
         return figures
-
-
-def _peak_resident_bytes() -> int:
-    import resource
-
-    kilo = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
 
 
 class RunLog:

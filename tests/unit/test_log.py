@@ -3,7 +3,9 @@
 import io
 import json
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 from base.bars import progress_bar
 from base.distributed import World
 from base.errors import UserError
+from base.processes import peak_resident_bytes
 from runtime.flops import peak_flops, training_flops
 from runtime.log import Meters, RunLog, Stopwatch, keep_before
 
@@ -144,6 +147,14 @@ def test_the_stopwatch_counts_waiting(monkeypatch):
     assert figures.pop("memory_gb") > 0
     assert figures == {"images_per_s": 16.0, "data_wait": 0.25, "step_s": 0.25, "mfu": 0.5}
     assert watch.steps == 0 and watch.waited == 0 and watch.start == 11.0
+
+
+def test_the_peak_of_memory_is_this_process_alone():
+    """getrusage's begins at that of the process that launched it, such as torchrun."""
+    code = "from base.processes import peak_resident_bytes; print(peak_resident_bytes())"
+    root = Path(__file__).resolve().parents[2]
+    child = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=True)
+    assert 4 * int(child.stdout) < peak_resident_bytes()
 
 
 def test_peak_is_zero_where_unknown_and_as_given_otherwise():

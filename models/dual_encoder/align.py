@@ -30,6 +30,7 @@ TEXTS = {  # layers, width
 }
 TINY_STD = 0.1  # with BERT's 0.02 texts of a tower so narrow are all alike at first (cosine 0.9998)
 PAD = 0  # id in every BERT vocabulary
+LOWEST_TEMPERATURE = 1e-3  # a scale of 1000
 
 
 class Align(DualEncoder):
@@ -121,12 +122,15 @@ class Align(DualEncoder):
         ]
         return {f"{name}.{kind}" for name in norms for kind in ("weight", "bias")}
 
+    @torch.no_grad()
     def clamp_scales(self) -> None:
-        """Nothing to clamp: LAMB moves the temperature by its fraction lr at most, so that it stays
-        positive.
+        """Keep the temperature above 0: LAMB moves it by its fraction lr at most, other optimizers
+        may step over 0.
         """
+        self.temperature.clamp_(min=LOWEST_TEMPERATURE)
 
     def after_update(self) -> None:
+        super().after_update()
         average_statistics(self)
 
 

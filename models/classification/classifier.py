@@ -25,6 +25,7 @@ from base.limits import CLASSES, SIDE, WIDTH
 from base.memory import build_fitting
 from base.names import did_you_mean
 from base.pixels import STATISTICS
+from models.layers.heads import exact
 from models.layers.vit import ViT, ViTConfig
 
 SIZES = {  # width, blocks, heads; the MLP is four times as wide
@@ -203,12 +204,12 @@ class VisionClassifier(ViT):
         nn.init.constant_(self.head.bias, bias)
 
     def logits(self, image: Tensor) -> Tensor:
-        """float32 [B,C] of images [B,3,S,S]."""
-        return self.head(self.pre_logits(self.features(image))).float()
+        """For evaluation: float32 [B,C] of images [B,3,S,S], not rounded under autocast."""
+        return exact(nn.Sequential(self.pre_logits, self.head), self.features(image))
 
     def forward(self, image: Tensor, labels: Tensor, label_weights: Tensor) -> dict[str, Tensor]:
         """`loss`, a 0-d tensor, of a batch as the module describes it."""
-        logits = self.logits(image)
+        logits = self.head(self.pre_logits(self.features(image))).float()
         smoothing = self.options.label_smoothing
         if self.options.loss == "softmax":
             return {"loss": softmax_loss(logits, labels, label_weights, smoothing)}

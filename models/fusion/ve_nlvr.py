@@ -11,6 +11,7 @@ from models.fusion.compat import Compat
 from models.fusion.losses import distilled_cross_entropy
 from models.fusion.momentum import MomentumModel
 from models.fusion.text_assignment import pair_layers
+from models.layers.heads import exact
 from models.layers.vit import ViT, ViTConfig
 from models.layers.xbert import BertConfig, XBert
 
@@ -62,35 +63,29 @@ class StatementModel(MomentumModel):
 
         The momentum update is the caller's, right before this call.
         """
-        logits = self.logits(image, text_ids, text_mask)
+        state = fused_cls(self.visual_encoder, self.text_encoder, image, text_ids, text_mask)
+        logits = self.cls_head(state)
         soft = None
         if self.config.distill:
             with torch.no_grad():
-                soft = judge(
-                    self.visual_encoder_m,
-                    self.text_encoder_m,
-                    self.cls_head_m,
-                    image,
-                    text_ids,
-                    text_mask,
+                state_m = fused_cls(
+                    self.visual_encoder_m, self.text_encoder_m, image, text_ids, text_mask
                 )
+                soft = self.cls_head_m(state_m)
         return {"loss_cls": distilled_cross_entropy(logits, label, soft, alpha).mean()}
 
     def logits(self, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """float32 [B,C]; arguments as in `forward`."""
-        return judge(
-            self.visual_encoder, self.text_encoder, self.cls_head, image, text_ids, text_mask
-        ).float()
+        """For evaluation: float32 [B,C], not rounded under autocast; arguments as in `forward`."""
+        state = fused_cls(self.visual_encoder, self.text_encoder, image, text_ids, text_mask)
+        return exact(self.cls_head, state)
 
 
-def judge(
-    vit: ViT, bert: XBert, head: nn.Module, image: Tensor, text_ids: Tensor, text_mask: Tensor
-) -> Tensor:
-    """Class logits [B,C] from the fused [CLS] state."""
+def fused_cls(vit: ViT, bert: XBert, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+    """Fused [CLS] states [B,D]; arguments as in `StatementModel.forward`."""
     if image.ndim == 5:
         tokens = vit(image.flatten(0, 1)).unflatten(0, image.shape[:2])
         tokens = [tokens[:, 0], tokens[:, 1]]
     else:
         tokens = vit(image)
     stage = bert.text_stage(text_ids, text_mask)
-    return head(bert.fuse(stage, text_mask, tokens, keep=first_token(stage))[:, 0])
+    return bert.fuse(stage, text_mask, tokens, keep=first_token(stage))[:, 0]

@@ -126,7 +126,7 @@ class Vqa(MomentumModel):
         cache = DecoderCache()
         start = answer_ids[:1, :1].expand(len(image), 1)
         hidden = decoder.bert(start, None, states, image_mask=text_mask, causal=True, cache=cache)
-        first = decoder.logits(hidden[:, 0]).float().log_softmax(-1)  # [B,V]
+        first = decoder.exact_logits(hidden[:, 0]).log_softmax(-1)  # [B,V]
         score, candidates = first.index_select(1, answer_ids[:, 1]).topk(k, dim=1)
         if self.compat.first_token_twice:
             score = 2 * score
@@ -154,7 +154,8 @@ class Vqa(MomentumModel):
         """float32 [R] of next tokens int64 [R] given decoder states [R,D]."""
         found = []
         for states, tokens in zip(hidden.split(HEAD_ROWS), target.split(HEAD_ROWS), strict=True):
-            found.append(-distilled_cross_entropy(self.text_decoder.logits(states), tokens))
+            logits = self.text_decoder.exact_logits(states)
+            found.append(-distilled_cross_entropy(logits, tokens))
         return torch.cat(found)
 
 

@@ -30,6 +30,7 @@ from models.layers.attention import (
     merge_heads,
     split_heads,
 )
+from models.layers.heads import exact
 from models.layers.initialisation import linear_std
 
 LIMITS = {  # of the sizes in a BERT JSON
@@ -455,6 +456,10 @@ class XBertLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits [...,V] of states [...,D]."""
         return self.cls["predictions"](hidden)
+
+    def exact_logits(self, hidden: Tensor) -> Tensor:
+        """As `logits`, not rounded under autocast."""
+        return exact(self.cls["predictions"], hidden)
 
     def forward(
         self, ids: Tensor, mask: Tensor | None = None, image: Tensor | None = None, **options

@@ -241,7 +241,7 @@ def _lagging_logits(
     text = lagging_mask(ids, len(prompt) - 1, delimiter, prefix)
     mask = PrefixMask(positions, text, prefix, model.config.prefix)
     states, _ = model.language_decoder(model.sequence(images, ids), mask, keep=1)
-    return model.logits(states[:, 0])
+    return model.exact_logits(states[:, 0])
 
 
 def lagging_mask(ids: Tensor, answer: int, delimiter: int, images: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from base.distributed import all_reduce
 from base.errors import UserError
+from models.layers.heads import exact
 from models.layers.library_towers import TimmGrid
 from models.layers.llama import Cache, Llama, LlamaConfig, PrefixMask
 from models.layers.openai_towers import ModifiedResNet, OpenAIConfig, OpenAIViT
@@ -202,6 +203,10 @@ class Nxtp(nn.Module):
         weight = torch.where(trained, head.weight, head.weight.detach())
         return F.linear(states, weight).float()
 
+    def exact_logits(self, states: Tensor) -> Tensor:
+        """For decoding: as `logits`, not rounded under autocast."""
+        return exact(self.language_decoder.output, states).float()
+
     def prefix_mask(self, images: int, segments: Tensor) -> PrefixMask:
         """Positions and mask of `images` image tokens and text; segments as in `text_mask`."""
         positions = torch.arange(images + segments.shape[1], device=segments.device)
@@ -260,7 +265,7 @@ class Nxtp(nn.Module):
         segments = torch.zeros(1, len(prompt), dtype=torch.int64, device=prompt.device)
         mask = self.prefix_mask(images.shape[1], segments)
         states, cache = self.language_decoder(x, mask, keep=1)
-        return self.logits(states[:, 0]), cache
+        return self.exact_logits(states[:, 0]), cache
 
     def step(
         self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache
@@ -272,7 +277,7 @@ class Nxtp(nn.Module):
         """
         x = self.embed(tokens)
         states, cache = self.language_decoder(x, PrefixMask(positions, mask), cache)
-        return self.logits(states), cache
+        return self.exact_logits(states), cache
 
 
 def among(ids: Tensor, chosen: tuple[int, ...]) -> Tensor:

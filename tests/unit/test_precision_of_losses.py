@@ -8,9 +8,14 @@ from base.distributed import World
 from evaluation.retrieval import nearest
 from evaluation.zeroshot import class_scores
 from main import total_loss
+from models.classification.classifier import ClassifierConfig, VisionClassifier
 from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from models.fusion.retrieval import Retrieval, RetrievalConfig
+from models.fusion.ve_nlvr import StatementConfig, StatementModel
+from models.fusion.vqa import Vqa, VqaConfig
+from models.recognition.decoding import Choice, one_shot, write_labels
+from tests.helpers.tiny_nxtp import network
 from tests.helpers.tiny_simla import tiny_batch, tiny_config
 
 METHODS = {
@@ -115,3 +120,68 @@ def test_matching_scores_in_float32():
         scores = model.match_scores(ids, mask, tokens, None)
     assert scores.dtype == torch.float32
     assert not torch.equal(scores, scores.bfloat16().float())
+
+
+def question_answering() -> tuple[torch.nn.Module, list, list]:
+    config = tiny_config()
+    model = Vqa(VqaConfig(config.vit, config.bert, decoder_layers=1, distill=False))
+    given = [tiny_batch()[name] for name in ("image", "text_ids", "text_mask")]
+    answers = torch.tensor([[2, 5, 6, 3], [2, 7, 8, 3], [2, 9, 3, 0]])
+    taught = [answers, answers > 0, torch.ones(3), torch.tensor([0, 1, 2]), 0.0]
+    ranked = model.rank_answers, *given, answers, torch.tensor([4, 4, 3]), 3
+    head = model.text_decoder.cls["predictions"].decoder
+    return head, [ranked], [model, *given, *taught]
+
+
+def entailment() -> tuple[torch.nn.Module, list, list]:
+    config = tiny_config()
+    model = StatementModel(StatementConfig(config.vit, config.bert, distill=False))
+    given = [tiny_batch()[name] for name in ("image", "text_ids", "text_mask")]
+    label = torch.tensor([0, 1, 2, 0])
+    return model.cls_head[2], [[model.logits, *given]], [model, *given, label, 0.0]
+
+
+def classification() -> tuple[torch.nn.Module, list, list]:
+    config = ClassifierConfig(model="vit-mu/8", image_size=32, num_classes=10)
+    model = VisionClassifier(config)
+    torch.nn.init.normal_(model.head.weight)
+    image = torch.randn(4, 3, 32, 32)
+    labels = torch.zeros(4, 1, dtype=torch.int64)
+    return model.head, [[model.logits, image]], [model, image, labels, torch.ones(4, 1)]
+
+
+def recognition() -> tuple[torch.nn.Module, list, list]:
+    model = network()
+    image = torch.randn(2, 3, 32, 32)
+    ids = torch.randint(40, (2, 6))
+    segments = torch.zeros_like(ids)
+    prompt = torch.tensor([30, 1, 5])
+    decoded = [
+        [one_shot, model, model.encode_image(image), prompt, 9, 4, 5],
+        [write_labels, model, model.encode_image(image), prompt, 9, 5, Choice("greedy")],
+    ]
+    taught = [image, ids, segments, torch.tensor([1, 2, 8]), torch.tensor([3, 4, 5])]
+    return model.language_decoder.output, decoded, [model, *taught]
+
+
+@pytest.mark.parametrize("task", [question_answering, entailment, classification, recognition])
+def test_heads_that_evaluations_compare_are_in_float32(task):
+    """Under bf16 autocast; in training they are in bfloat16."""
+    torch.manual_seed(0)
+    head, compared, taught = task()
+    seen = []
+    head.register_forward_hook(lambda module, given, found: seen.append((*given, found)))
+    for function, *given in compared:
+        seen.clear()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            function(*given)
+        assert seen
+        for states, logits in seen:
+            assert logits.dtype == torch.float32
+            expected = torch.nn.functional.linear(states.float(), head.weight, head.bias)
+            assert torch.equal(logits, expected)
+    seen.clear()
+    model, *batch = taught
+    with torch.autocast("cpu", torch.bfloat16):
+        model.train()(*batch)
+    assert {logits.dtype for _, logits in seen} == {torch.bfloat16}

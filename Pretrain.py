@@ -36,7 +36,7 @@ from evaluation.report.runs import write_index
 from models.fusion.config import networks, warn_of_queue
 from models.fusion.dvae import ImageTokenizer, existing_tokenizer
 from models.fusion.momentum import MomentumPairs
-from models.fusion.simla import Simla, SimlaConfig
+from models.fusion.simla import Simla, SimlaConfig, with_counts
 from models.weights.albef import load_bert, load_bert_folder, start_from
 from models.weights.starting_vit import start_vision
 from runtime.checkpoint import read_weights
@@ -195,8 +195,8 @@ def train_step(
     """Gradients of one update; the teacher moves first. Returns the losses, 0-d means."""
     teacher.update()
     total = {}
-    for micro in range(config.accumulate):
-        batch = next_batch()
+    batches = with_counts([next_batch() for _ in range(config.accumulate)])
+    for micro, batch in enumerate(batches):
         if "token_image" in batch:
             batch["mim_positions"] = distributed.unwrap(model).mim_positions(batch["patch_mask"])
             images = batch.pop("token_image")

@@ -46,7 +46,7 @@ from evaluation.report.results import write_results
 from models.layers.batchnorm import synchronise_batch_norm
 from models.recognition.decoding import Decoding, Drafts
 from models.recognition.labeller import Labeller
-from models.recognition.nxtp import Nxtp
+from models.recognition.nxtp import Nxtp, with_counts
 from models.weights.build_nxtp import NetworkOptions
 from models.weights.nxtp import choose_parameters
 from runtime.checkpoint import read_weights
@@ -177,8 +177,8 @@ def show(model: Nxtp, tokenizer, config: Config, world: World, precision: Precis
 def train_step(model, statistics, next_batch, config: Config, precision) -> dict[str, Tensor]:
     """Gradients of one update. Returns the losses, 0-d means over the micro-batches."""
     total = {}
-    for micro in range(config.accumulate):
-        batch = next_batch()
+    batches = with_counts([next_batch() for _ in range(config.accumulate)])
+    for micro, batch in enumerate(batches):
         batch["image"] = normalize(batch["image"], statistics)
         with gradient_sync(model, last=micro == config.accumulate - 1), precision.autocast():
             losses = model(**batch)

@@ -315,6 +315,13 @@ def all_reduce(tensor: Tensor, op: str = "sum") -> Tensor:
     return result
 
 
+def mean_count(masks: Sequence[Tensor]) -> Tensor:
+    """How many entries are True, 0-d float32: the mean over these bool tensors, one of each
+    micro-batch, and over the processes."""
+    counts = torch.stack([mask.sum() for mask in masks])
+    return all_reduce(counts.float().mean(), "mean")
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True where any process says so (an interrupt, a NaN): one tiny all-reduce and host sync."""
     if world_size() == 1:

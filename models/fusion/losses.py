@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from base.distributed import all_reduce
+from base.distributed import mean_count
 
 IGNORE = -100  # label of a position that carries no loss, as in torch's cross entropy
 
@@ -56,16 +56,19 @@ def masked_patches(patch_mask: Tensor, count: int) -> Tensor:
     return order[:, :count]
 
 
-def masked_mean(loss: Tensor, valid: Tensor, over_ranks: bool = True) -> Tensor:
+def masked_mean(
+    loss: Tensor, valid: Tensor, over_ranks: bool = True, count: Tensor | None = None
+) -> Tensor:
     """Mean of the valid entries (bool, same shape) -> 0-d; 0 where none is valid.
 
     over_ranks: divide by the mean count of all ranks, so that the average of the ranks' losses (and
     gradients) is the mean over the valid entries of the global batch, however they are spread over
-    the ranks.
+    the ranks; `count`, where given, is that mean count, over all micro-batches, too.
     """
-    count = valid.sum().float()
-    if over_ranks:
-        count = all_reduce(count, "mean")
+    if not over_ranks:
+        count = valid.sum().float()
+    elif count is None:
+        count = mean_count([valid])
     total = torch.where(valid, loss, 0.0).sum()
     return total / torch.where(count > 0, count, 1.0)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from base.distributed import mean_count
 from base.errors import UserError
 from models.fusion.base import (
     Features,
@@ -97,6 +98,8 @@ class Simla(ImageTextModel):
         patch_mask: Tensor | None = None,
         visual_codes: Tensor | None = None,
         mim_positions: Tensor | None = None,
+        mlm_count: Tensor | None = None,
+        mim_count: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses of a batch, 0-d float32: loss_ita, loss_itm, loss_mlm; SIMLA's also loss_mim
         and loss_pseudo.
@@ -105,7 +108,8 @@ class Simla(ImageTextModel):
         mlm_ids int64 [B,L] with tokens masked, mlm_positions int64 [K] their flat indices into B*L,
         mlm_labels int64 [K] their ids (-100 where the list is padded); patch_mask bool [B,N];
         visual_codes int64 [B,N]; mim_positions int64 [B,K], those of the method of that name, which
-        is called where they are None; alpha = weight of the soft targets.
+        is called where they are None; mlm_count, mim_count: see `with_counts`, None where this is
+        the only micro-batch; alpha = weight of the soft targets.
 
         In training mode the queue takes in the batch. The momentum update is the caller's, right
         before this call.
@@ -134,11 +138,20 @@ class Simla(ImageTextModel):
             stage, text_mask, image_tokens, negative_image, negative_text, masked_stage
         )
         losses["loss_itm"] = self.itm(matched)
-        losses["loss_mlm"] = self.mlm(masked, mlm_positions, mlm_labels, teacher.mlm_logits, alpha)
+        losses["loss_mlm"] = self.mlm(
+            masked, mlm_positions, mlm_labels, teacher.mlm_logits, alpha, mlm_count
+        )
         if self.config.mim:
             seen_m = (patches_m, stage if self.compat.student_states else teacher.stage)
             losses["loss_mim"] = self.mim(
-                (patches, stage), seen_m, patch_mask, mim_positions, visual_codes, text_mask, alpha
+                (patches, stage),
+                seen_m,
+                patch_mask,
+                mim_positions,
+                visual_codes,
+                text_mask,
+                alpha,
+                mim_count,
             )
         if self.config.keywords:
             losses["loss_pseudo"] = self.pseudo_label(student, teacher, text_ids, text_mask, alpha)
@@ -232,6 +245,7 @@ class Simla(ImageTextModel):
         labels: Tensor,
         teacher_logits: Tensor,
         alpha: Tensor,
+        count: Tensor | None,
     ) -> Tensor:
         """Masked language modelling at the masked positions, given the fused states [B,L,D] of the
         masked captions."""
@@ -245,7 +259,7 @@ class Simla(ImageTextModel):
             return masked_mean((1 - alpha) * hard + alpha * soft, valid, over_ranks=False)
         logits = self.text_encoder.logits(states.flatten(0, 1).index_select(0, positions))
         loss = distilled_cross_entropy(logits, labels, teacher_logits, alpha)
-        return masked_mean(loss, valid, over_ranks=not self.compat.means_of_rank)
+        return masked_mean(loss, valid, not self.compat.means_of_rank, count)
 
     def mim_positions(self, patch_mask: Tensor) -> Tensor:
         """Positions of the masked patches of bool [B,N], filled up with others: int64 [B,K]."""
@@ -260,6 +274,7 @@ class Simla(ImageTextModel):
         visual_codes: Tensor,
         text_mask: Tensor,
         alpha: Tensor,
+        count: Tensor | None,
     ) -> Tensor:
         """Masked image modelling: the codes of masked patches from the visible ones and the
         caption's embeddings.
@@ -284,7 +299,7 @@ class Simla(ImageTextModel):
             teacher_logits = logits(self.visual_encoder_m, self.bert_m, self.mim_head_m, *seen_m)
         student_logits = logits(self.visual_encoder, self.bert, self.mim_head, *seen)
         loss = distilled_cross_entropy(student_logits, labels.flatten(), teacher_logits, alpha)
-        return masked_mean(loss, valid.flatten(), over_ranks=not self.compat.means_of_rank)
+        return masked_mean(loss, valid.flatten(), not self.compat.means_of_rank, count)
 
     def pseudo_label(
         self,
@@ -316,6 +331,20 @@ class Simla(ImageTextModel):
         return distilled_binary_cross_entropy(
             self.concept_head(student.image), target, teacher_logits, alpha
         )
+
+
+def with_counts(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The micro-batches of an update, to each of which is added how many masked tokens and patches
+    one has, 0-d: the mean over all of them and all processes, as `mlm_count` and `mim_count`. So
+    each counts the same, in whichever micro-batch it is."""
+    masks = {"mlm_count": [batch["mlm_labels"] != IGNORE for batch in batches]}
+    if "patch_mask" in batches[0]:
+        masks["mim_count"] = [batch["patch_mask"] for batch in batches]
+    for name, counted in masks.items():
+        count = mean_count(counted)
+        for batch in batches:
+            batch[name] = count
+    return batches
 
 
 def check_config(config: SimlaConfig) -> None:

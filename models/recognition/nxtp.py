@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from base.distributed import all_reduce
+from base.distributed import mean_count
 from base.errors import UserError
 from models.layers.heads import exact
 from models.layers.library_towers import TimmGrid
@@ -221,17 +221,24 @@ class Nxtp(nn.Module):
         return states
 
     def next_token_loss(
-        self, images: Tensor, text_ids: Tensor, segments: Tensor, positions: Tensor, labels: Tensor
+        self,
+        images: Tensor,
+        text_ids: Tensor,
+        segments: Tensor,
+        positions: Tensor,
+        labels: Tensor,
+        count: Tensor | None = None,
     ) -> Tensor:
-        """Mean cross-entropy over the targets of all processes' batches.
+        """Mean cross-entropy over the targets of all processes' batches, and of all micro-batches.
 
         text_ids, segments int64 [B,T]; positions int64 [K], flat in B*T, of the predicting tokens;
-        labels int64 [K], the tokens to predict, IGNORED where there is none.
+        labels int64 [K], the tokens to predict, IGNORED where there is none; count: see
+        `with_counts`, None where this is the only micro-batch.
         """
         states = self.states(images, text_ids, segments).flatten(0, 1)
         logits = self.logits(states.index_select(0, positions))
         total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-        count = all_reduce((labels != IGNORED).sum().float(), "mean")
+        count = mean_count([labels != IGNORED]) if count is None else count
         return total / torch.where(count > 0, count, 1.0)  # below 1: fewer targets than processes
 
     def forward(
@@ -245,14 +252,24 @@ class Nxtp(nn.Module):
         caption_segments: Tensor | None = None,
         caption_positions: Tensor | None = None,
         caption_labels: Tensor | None = None,
+        count: Tensor | None = None,
+        caption_count: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """`loss_objs` of the labels and, where captions are given, `loss_caps` of these, 0-d
         float32; image [B,3,S,S], the rest as in `next_token_loss`."""
         images = self.encode_image(image)
-        losses = {"loss_objs": self.next_token_loss(images, text_ids, segments, positions, labels)}
+        losses = {}
+        losses["loss_objs"] = self.next_token_loss(
+            images, text_ids, segments, positions, labels, count
+        )
         if caption_text_ids is not None:
             losses["loss_caps"] = self.next_token_loss(
-                images, caption_text_ids, caption_segments, caption_positions, caption_labels
+                images,
+                caption_text_ids,
+                caption_segments,
+                caption_positions,
+                caption_labels,
+                caption_count,
             )
         return losses
 
@@ -278,6 +295,18 @@ class Nxtp(nn.Module):
         x = self.embed(tokens)
         states, cache = self.language_decoder(x, PrefixMask(positions, mask), cache)
         return self.exact_logits(states), cache
+
+
+def with_counts(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The micro-batches of an update, to each of which is added how many targets one has, 0-d: the
+    mean over all of them and all processes, as `count` and, of captions, `caption_count`. So every
+    target counts the same, in whichever micro-batch it is."""
+    for prefix in ("", "caption_"):
+        if f"{prefix}labels" in batches[0]:
+            count = mean_count([batch[f"{prefix}labels"] != IGNORED for batch in batches])
+            for batch in batches:
+                batch[f"{prefix}count"] = count
+    return batches
 
 
 def among(ids: Tensor, chosen: tuple[int, ...]) -> Tensor:

@@ -107,6 +107,7 @@ def check(record: Record, recipe: Recipe) -> None:
     for step, update in enumerate(record.updates):
         check_options(update, recipe, step, reference)
         check_teacher(previous, update, recipe, reference)
+        check_counts(update)
         gradients, means = replay(reference, update, recipe, step)
         norm = clip(gradients, recipe.clip)
         compare_gradients(update.gradients, gradients, step)
@@ -216,6 +217,19 @@ def check_teacher(
     compare_states(
         update.calls[0].state, expected, "at the first forward pass of an update", absolute=5e-7
     )
+
+
+def check_counts(update: Update) -> None:
+    """Masked tokens and patches that a micro-batch has: the mean over micro-batches and ranks."""
+    inputs = [call.inputs for call in update.calls]
+    masks = {}
+    if "mlm_labels" in inputs[0]:
+        masks["mlm_count"] = [given["mlm_labels"] != -100 for given in inputs]
+    if "patch_mask" in inputs[0]:
+        masks["mim_count"] = [given["patch_mask"] for given in inputs]
+    for name, masked in masks.items():
+        mean = mean_over_ranks(sum(mask.sum() for mask in masked) / len(masked))
+        assert {float(given[name]) for given in inputs} == {float(mean)}, name
 
 
 @torch.no_grad()

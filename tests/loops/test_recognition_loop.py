@@ -3,7 +3,7 @@ accumulation.
 
 The script runs whole (`tests.helpers.loops`). The reference takes the batches that the network was
 given, its logits and its weights at the start; losses, their weights, means over the targets of all
-processes and over micro-batches, clipping, learning rates, AdamW and what stays frozen are computed
+processes and micro-batches, clipping, learning rates, AdamW and what stays frozen are computed
 here. Source: NXTP (Yue et al. 2024).
 """
 
@@ -121,23 +121,29 @@ def is_decayed(case: Case, name: str, value: Tensor) -> bool:
     return matrix or (case.original and name == "language_decoder.norm.weight")
 
 
-def mean_cross_entropy(network: nn.Module, images: Tensor, batch: Batch) -> Tensor:
-    """Over all targets of the batch; positions are those of the predicting tokens, flat in B * T."""
+def cross_entropies(network: nn.Module, images: Tensor, batch: Batch) -> Tensor:
+    """Of all targets of the batch; positions are those of the predicting tokens, flat in B * T."""
     states = network.states(images, batch["text_ids"], batch["segments"]).flatten(0, 1)
     chances = network.logits(states[batch["positions"]]).log_softmax(1)
     counted = batch["labels"] != IGNORED
-    return -chances[counted].gather(1, batch["labels"][counted, None]).mean()
+    return -chances[counted].gather(1, batch["labels"][counted, None])
 
 
-def loss_of(network: nn.Module, batch: Batch, case: Case) -> Tensor:
-    """That of the labels + caption_weight times that of the captions."""
-    images = network.encode_image(batch["image"])
-    loss = mean_cross_entropy(network, images, batch)
-    if not case.caption_weight:
-        assert not any(name.startswith("caption_") for name in batch), "captions nobody asked for"
-        return loss
-    caption = {k.removeprefix("caption_"): v for k, v in batch.items() if k.startswith("caption_")}
-    return loss + case.caption_weight * mean_cross_entropy(network, images, caption)
+def loss_of(network: nn.Module, batches: list[Batch], case: Case) -> Tensor:
+    """That of the labels + caption_weight times that of the captions, each the mean over the targets
+    of all micro-batches."""
+    labels = []
+    captions = []
+    for batch in batches:
+        images = network.encode_image(batch["image"])
+        labels.append(cross_entropies(network, images, batch))
+        prefix = "caption_"
+        caption = {k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)}
+        assert bool(caption) == bool(case.caption_weight), "captions nobody asked for, or none"
+        if caption:
+            captions.append(cross_entropies(network, images, caption))
+    loss = torch.cat(labels).mean()
+    return loss + case.caption_weight * torch.cat(captions).mean() if captions else loss
 
 
 @torch.no_grad()
@@ -170,8 +176,7 @@ def check_loop(record: Record, batches: list[list[Batch]], case: Case) -> None:
             assert update.option(name, "weight_decay") == decay, (what, name)
         assert logged[step]["lr"] == pytest.approx(lr, rel=1e-9), what
 
-        losses = [loss_of(student, batch, case) for batch in batches[step]]
-        loss = torch.stack(losses).mean()
+        loss = loss_of(student, batches[step], case)
         loss.backward()
         assert logged[step]["loss"] == pytest.approx(loss.item(), rel=1e-4), what
 
@@ -258,7 +263,7 @@ def test_one_process(case, digitscenes, tmp_path):
 
 
 def test_two_micro_batches(digitscenes, tmp_path):
-    """Each counts the same, whatever number of targets it has; validation in between changes nothing."""
+    """Every target counts the same; validation in between changes nothing."""
     case = replace(CASES["captions"], changes={}, trained_blocks=None)
     changes = {
         "batch_size": 4,

@@ -10,8 +10,7 @@ import torch
 from base.errors import UserError
 from models.dual_encoder.openai import OpenAICLIP
 from models.layers.openai_towers import OpenAIConfig, TextShape
-from models.recognition import nxtp
-from models.recognition.nxtp import IGNORED, NxtpConfig, among, grid_positions
+from models.recognition.nxtp import IGNORED, NxtpConfig, among, grid_positions, with_counts
 from models.weights.build_nxtp import NetworkOptions
 from models.weights.clip import to_hugging_face
 from models.weights.loading import load_checkpoint
@@ -107,17 +106,32 @@ def test_loss_is_the_mean_over_targets_and_padding_changes_nothing():
     assert torch.allclose(model(image, **padded)["loss_objs"], loss, atol=1e-6)
 
 
-def test_fewer_targets_than_processes_are_a_mean_too(monkeypatch):
+def test_fewer_targets_than_processes_are_a_mean_too():
     """One target on the first of two processes, whose mean count is a half: their mean loss is its
     cross entropy."""
     model, image = network(), torch.randn(1, 3, 32, 32)
     batch = text([[20]])
     batch["labels"][1:] = IGNORED
     alone = model(image, **batch)["loss_objs"]
-    monkeypatch.setattr(nxtp, "all_reduce", lambda count, _: count / 2)
-    torch.testing.assert_close(model(image, **batch)["loss_objs"] / 2, alone)
+    half = torch.tensor(0.5)
+    torch.testing.assert_close(model(image, **batch, count=half)["loss_objs"] / 2, alone)
     batch["labels"][:] = IGNORED
     assert model(image, **batch)["loss_objs"] == 0
+
+
+def test_every_target_of_micro_batches_counts_the_same():
+    model = network()
+    parts = []
+    for labels, captions in ([[20, 21, 22]], [[24]]), ([[23]], [[25, 26], [27]]):
+        caption = {f"caption_{name}": value for name, value in text(captions).items()}
+        parts.append({"image": torch.randn(1, 3, 32, 32), **text(labels), **caption})
+    alone = [model(**part) for part in parts]
+    counted = [model(**part) for part in with_counts(parts)]
+    for loss, labels in {"loss_objs": "labels", "loss_caps": "caption_labels"}.items():
+        first, second = (len(part[labels]) for part in parts)
+        mean = (first * alone[0][loss] + second * alone[1][loss]) / (first + second)
+        assert first != second
+        torch.testing.assert_close((counted[0][loss] + counted[1][loss]) / 2, mean)
 
 
 def test_captions_are_computed_only_where_they_are_given():

@@ -10,10 +10,17 @@ from models.fusion.base import Features
 from models.fusion.losses import IGNORE, distilled_cross_entropy
 from models.fusion.momentum import MomentumPairs
 from models.fusion.retrieval import Retrieval, RetrievalConfig
-from models.fusion.simla import Simla
+from models.fusion.simla import Simla, with_counts
 from models.layers.vit import ViTConfig
 from tests.helpers.gradients import assert_same_gradients, gradients_of
-from tests.helpers.tiny_simla import LENGTH, PATCHES, tiny_batch, tiny_config, tiny_model
+from tests.helpers.tiny_simla import (
+    LENGTH,
+    PATCHES,
+    rows_of,
+    tiny_batch,
+    tiny_config,
+    tiny_model,
+)
 
 BOTH = pytest.mark.parametrize("albef", [False, True], ids=["simla", "albef"])
 
@@ -165,6 +172,20 @@ def test_nothing_masked_gives_zero(albef):
     total(losses).backward()
     assert losses["loss_mlm"] == 0 and (albef or losses["loss_mim"] == 0)
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@torch.no_grad()
+def test_micro_batches_with_other_numbers_of_masked_tokens_and_patches_are_one_batch():
+    model = tiny_model()
+    batch = tiny_batch(rows=4)
+    parts = [rows_of(batch, 0, 2), rows_of(batch, 2, 4)]
+    together = model(**batch)
+    alone = [model(**part) for part in parts]
+    counted = [model(**part) for part in with_counts(parts)]
+    for name in ("loss_mlm", "loss_mim"):
+        torch.testing.assert_close((counted[0][name] + counted[1][name]) / 2, together[name])
+        means = (alone[0][name] + alone[1][name]) / 2
+        assert abs(means - together[name]) > 1e-3 * together[name]
 
 
 def test_queue_of_any_size_keeps_the_latest_in_order():

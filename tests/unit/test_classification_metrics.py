@@ -137,6 +137,8 @@ def test_real_mistakes(tmp_path):
         ("[", "not valid JSON"),
         ("{}", "expected a list"),
         ("[[1]]", "labels 1 images"),
+        ('[["n01440764"], []]', "expected a list with a list of class numbers"),
+        ("[[], []]", "no image has a class"),
     ):
         (tmp_path / "real.json").write_text(text)
         with pytest.raises(UserError, match=words):

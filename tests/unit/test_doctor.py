@@ -182,6 +182,48 @@ def test_questions_answers_ids_and_boxes(tmp_path, capsys):
     assert not box_inside([0, 0, 0, 5], (9, 9)) and box_inside([0, 0, 9, 9], (9, 9))
 
 
+QUESTION = {"image": "a.jpg", "question": "what?"}
+
+
+@pytest.mark.parametrize(
+    "entries, problem",
+    [
+        ([QUESTION | {"answer": "red"}], None),
+        ([QUESTION | {"answer": "blue"}], "answer not in the list"),
+        ([QUESTION | {"answer": [""]}], "no answer"),
+        ([{"image": "a.jpg", "caption": "a"}] * 2, "repeated sample"),
+        ([{"image": "a.jpg", "caption": "dog " * 76}], "overlong"),  # 78 tokens: cut, no harm
+    ],
+)
+def test_each_harm_alone_is_one(tmp_path, capsys, entries, problem):
+    (tmp_path / "a.jpg").write_bytes(jpeg(scene(1)))
+    (tmp_path / "answers.json").write_text('["red"]')
+    (tmp_path / "q.json").write_text(json.dumps(entries))
+    config = {"data": [str(tmp_path / "q.json")], "image_root": tmp_path}
+    status, text = run(capsys, config | {"answer_list": tmp_path / "answers.json"})
+    assert status == (problem not in (None, "overlong"))
+    assert found(text).get(problem or "nothing wrong") in ("1", None)
+    assert (problem or "nothing wrong") in text
+
+
+def test_figures_of_the_texts(tmp_path, capsys):
+    (tmp_path / "a.jpg").write_bytes(jpeg(scene(1)))
+    entries = [{"image": "a.jpg", "caption": "dog " * words} for words in range(56, 76)]
+    (tmp_path / "q.json").write_text(json.dumps(entries))
+    status, text = run(capsys, {"data": [str(tmp_path / "q.json")], "image_root": tmp_path})
+    assert status == 0 and "nothing wrong" in text, "77 tokens fit"
+    assert "67.5 on average, 95 % up to 76, most 77" in text
+    part = SimpleNamespace(
+        images=lambda: [SimpleNamespace(size=(4, 9))] * 6,
+        samples=lambda: 60,
+        facts=[],
+        classes=Counter(),
+        seconds=2.0,
+    )
+    rows = dict(doctor.figures(part, workers=4))
+    assert rows["reading"] == "3 images a second and core; an epoch 5 s"
+
+
 def test_class_folders_and_shards(tmp_path, capsys):
     for name, numbers in (("cat", (1, 2, 3)), ("dog", (4,))):
         (tmp_path / "set" / name).mkdir(parents=True)
@@ -211,7 +253,7 @@ def test_ranges_kept_as_files_give_the_report_of_one_look(tmp_path, capsys, monk
     data = [str(tmp_path / "{0,1}.tar"), str(tmp_path / "list.json")]
 
     def look(**more):
-        config = {"data": data, "image_root": tmp_path, **more}
+        config = {"data": data, "image_root": tmp_path} | more
         status, text = run(capsys, config)
         return status, [line for line in text.splitlines() if "images a second" not in line]
 
@@ -232,6 +274,14 @@ def test_ranges_kept_as_files_give_the_report_of_one_look(tmp_path, capsys, monk
         look(**merged)
     _, said = look(**facts, sharing=doctor.Sharing(range="0/1"))
     assert said == [f"{tmp_path}/facts: 4 of 4 pieces, 1 of them kept"]
+    (tmp_path / "answers.json").write_text('["red"]')
+    for change in (
+        {"most": 5},
+        {"answer_list": tmp_path / "answers.json"},
+        {"image_root": tmp_path / "x"},
+    ):
+        _, said = look(**facts | change, sharing=doctor.Sharing(range="0/1"))
+        assert said == [f"{tmp_path}/facts: 4 of 4 pieces, 0 of them kept"], change
     monkeypatch.setattr(doctor, "submit_array", lambda *_: pytest.fail("submitted"))
     with pytest.raises(UserError, match=r"gone/vocab\.txt"):  # before a job is submitted
         look(**facts, tokenizer="gone/vocab.txt", sharing=doctor.Sharing(slurm=2))

@@ -121,6 +121,27 @@ def test_what_is_named_beside_other_images_and_random_weights(stamps, tmp_path, 
     assert ("recall by meaning", 62.5, None) in shown and ("f1 by meaning", 37.5, 12.5) in shown
 
 
+def test_what_is_shown_of_embeddings_and_the_log(stamps, tmp_path, monkeypatch):
+    run = fold(tmp_path / "en-0", 40.0, 80.0)
+    image = np.load(run / "embeddings/img_emb/img_emb_0001.npy")
+    image[1] = [0.8, 0, 0, 0.6]  # the last image is nearest to the first caption
+    np.save(run / "embeddings/img_emb/img_emb_0001.npy", image)
+    shown = {}
+    for name in ("retrieval_gallery", "line_chart"):
+        monkeypatch.setattr(
+            photos_report, name, lambda *given, name=name: shown.update({name: given})
+        )
+    photos_report.found_captions(run, stamps, 2)
+    files, captions, owner, by_image, by_text, cases = shown["retrieval_gallery"]
+    assert files[3] == stamps / "3.jpg" and captions[3] == "a <moth>" and cases == 2
+    assert by_image.candidates[:, 0].tolist() == [0, 1, 2, 0] and owner.tolist() == [0, 1, 2, 3]
+    assert by_text.candidates[:, 0].tolist() == [0, 1, 2, 3]
+    (run / "main/log.jsonl").write_text('{"step": 1, "lr": 0.1}\n{"step": 5, "loss": 1.5}\n')
+    monkeypatch.setattr(photos_report, "card", lambda *given, **more: given)
+    photos_report.curves(run)
+    assert shown["line_chart"][0] == {"loss": [(5, 1.5)]}
+
+
 def test_embeddings_of_other_images_are_refused(stamps, tmp_path):
     run = fold(tmp_path / "en-0", 40.0, 80.0)
     np.save(run / "embeddings/img_emb/img_emb_0001.npy", np.eye(3, 4, dtype=np.float16))

@@ -6,17 +6,28 @@ import re
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import get_session
 
 from base.errors import UserError
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from scripts.weights import convert as convert_script
-from scripts.weights.card import TRAINED, CardFacts, check_repository, data_names, model_card
+from scripts.weights.card import (
+    TRAINED,
+    CardFacts,
+    check_repository,
+    configuration,
+    data_names,
+    model_card,
+)
 from scripts.weights.own import movable
-from scripts.weights.push import push
+from scripts.weights.push import check_hub, push
 from scripts.weights.source import Options, Source, Written, open_source
 from tests.helpers.exported import run_example, save_run
 from tests.helpers.main_runs import ROOT
@@ -30,7 +41,11 @@ def trained(folder):
     config = {"network": network, "train_data": "/home/me/secret/shards", "val_data": "digits"}
     save_run(folder, VisionClassifier(ClassifierConfig(**network)), config)
     (folder / "result").mkdir()
-    scores = {"val": {"acc1": 91.234567}, "classes": 5, "imagefolder:/home/me/x": {"acc1": 1}}
+    scores = {
+        "val": {"acc1": 91.234567, "whole": True},
+        "classes": 5,
+        "imagefolder:/home/me/x": {"acc1": 1},
+    }
     (folder / "result/metrics.json").write_text(json.dumps(scores))
     return folder
 
@@ -80,15 +95,24 @@ def test_a_folder_arrives_as_it_is(tmp_path, monkeypatch):
 def test_nothing_is_uploaded_but_this_export(tmp_path, monkeypatch, capsys):
     """Not the user's notes, nor what another layout says of its weights."""
     uploads = []
-    monkeypatch.setattr(convert_script, "check_hub", lambda *_: None)
-    monkeypatch.setattr(
-        convert_script, "push", lambda folder, *_: uploads.append(folder) or "there"
-    )
+
+    def refuse(name):
+        raise UserError(f"{name} is refused")
+
+    monkeypatch.setattr(convert_script, "check_hub", refuse)
+    monkeypatch.setattr(convert_script, "push", lambda *given: uploads.append(given) or "there")
     source, out = trained(tmp_path / "run"), tmp_path / "out"
     words = [str(source), "--output", str(out), "--push", "me/tiny", "--to"]
-    for _ in range(2):  # a second upload of the same
-        assert convert_script.main([*words, "safetensors"]) == 0
-    assert len(uploads) == 2
+    assert convert_script.main([*words, "safetensors"]) == 2 and not out.exists()
+    assert "me/tiny is refused" in capsys.readouterr().err
+    monkeypatch.setattr(convert_script, "check_hub", lambda *_: None)
+    facts = ["--private", "--name", "Tiny", "--license", "mit", "--data-license", "CC0"]
+    for more in (facts, []):  # a second upload of the same
+        assert convert_script.main([*words, "safetensors", *more]) == 0
+        card = (out / "README.md").read_text()
+        assert ("# Tiny\n" in card) == ("license: mit\n" in card) == bool(more)
+        assert ("data: CC0." in card) == bool(more) == ("# tiny\n" not in card)
+    assert uploads == [(out, "me/tiny", True), (out, "me/tiny", False)]
     (out / "notes").mkdir()
     (out / "notes/secret.txt").touch()
     assert convert_script.main([*words, "safetensors"]) == 2 and len(uploads) == 2
@@ -131,6 +155,47 @@ def test_a_hub_that_goes_silent_is_given_up(tmp_path, monkeypatch):
             push(tmp_path, "me/new", private=True)
 
 
+class Answer(Exception):
+    """What the hub's client raises of an HTTP status."""
+
+    def __init__(self, status):
+        self.response = SimpleNamespace(status_code=status)
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (Answer(401), "refuses the token; log in"),
+        (Answer(403), "set HF_TOKEN to a token that may write to me"),
+        (UnicodeEncodeError("ascii", "ü", 0, 1, "x"), "refuses the token"),
+        (Answer(500), "does not take it"),
+        (ValueError("no such name"), "does not take it (no such name)"),
+        (OSError("no route"), "cannot be reached (no route)"),
+    ],
+)
+def test_what_the_hub_answers_is_told_apart(error, said, tmp_path, monkeypatch):
+    def raise_it(*_, **__):
+        raise error
+
+    monkeypatch.setattr(HfApi, "model_info", raise_it)
+    monkeypatch.setattr(HfApi, "create_repo", raise_it)
+    for call in (lambda: check_hub("me/x"), lambda: push(tmp_path, "me/x", private=False)):
+        with pytest.raises(UserError, match=rf"^--push me/x: .*{re.escape(said)}"):
+            call()
+
+
+@pytest.mark.parametrize("status", [404, 401])
+def test_a_new_repository_is_told_from_a_token_that_is_refused(status, monkeypatch):
+    def raise_it(*_, **__):
+        error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+        error.response = SimpleNamespace(status_code=status)
+        raise error
+
+    monkeypatch.setattr(HfApi, "model_info", raise_it)
+    with pytest.raises(UserError, match="refuses") if status == 401 else nullcontext():
+        check_hub("me/new")
+
+
 def test_the_card_says_what_is_known_and_what_is_not(tmp_path):
     import ruamel.yaml
 
@@ -151,6 +216,7 @@ def test_the_card_says_what_is_known_and_what_is_not(tmp_path):
     assert data_names(alone, TRAINED) == "wds (dataset), cc3m (shards)"
     assert "- Licence of the data: unknown." in body
     assert "| val acc1 | 91.23 |" in body and "vit-mu/8: " in body
+    assert data_names({"train_data": ["a", "b"]}, TRAINED) == "a (train_data), b (train_data)"
     assert "Of the checkpoint" not in card and "| imagefolder:x acc1 | 1 |" in card
     metrics = source.file.parent / "result/metrics.json"
     metrics.write_text(
@@ -158,6 +224,8 @@ def test_the_card_says_what_is_known_and_what_is_not(tmp_path):
     )
     later = model_card(source, written, CardFacts(name="tiny"))
     assert "Of the checkpoint checkpoint_best.pt:\n\n| figure" in later
+    assert "whole" not in card, "no figure"
+    assert configuration({}) == ["None is recorded beside the weights."]
     assert "secret" not in card and "/home/me" not in card
     assert re.search(r"commit ([0-9a-f]{40}|unknown)\.", body)
 

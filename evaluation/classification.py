@@ -159,13 +159,17 @@ def read_real(path: Path, names: Sequence[str]) -> list[list[int]]:
     """ImageNet-ReaL's `real.json`, classes by image, in the order of `names`.
 
     The file lists the images in the order of their names, ILSVRC2012_val_00000001 first. Raises
-    UserError where it is missing, no such list, or of another number of images.
+    UserError where it is missing, no such list, without classes, or of another number of images.
     """
     lists = read_json(
         path, list, "--real takes real.json of ImageNet-ReaL; fetch it, or leave it out"
     )
-    if not all(isinstance(each, list) for each in lists):
-        raise UserError(f"--real {path}: expected a list with a list of classes for each image")
+    if not all(isinstance(each, list) and all(type(n) is int for n in each) for each in lists):
+        raise UserError(
+            f"--real {path}: expected a list with a list of class numbers for each image"
+        )
+    if not any(lists):
+        raise UserError(f"--real {path}: no image has a class; fetch the file again")
     if len(lists) != len(names):
         raise UserError(
             f"--real {path}: labels {len(lists)} images, the validation split has {len(names)}"

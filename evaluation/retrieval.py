@@ -113,7 +113,7 @@ def rank(
     states, text_features = _encode_texts(model, captions, keep_text_states and rerank, world)
     check_finite(image_features, "the images' features")
     check_finite(text_features, "the captions' features")
-    if k > min(images, len(captions)) and world.is_main:
+    if rerank and k > min(images, len(captions)) and world.is_main:
         warnings.warn(
             f"k {k}: there are {images} images and {len(captions)} captions, all re-ranked",
             stacklevel=3,

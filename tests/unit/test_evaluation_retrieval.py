@@ -1,6 +1,7 @@
 """Retrieval evaluation against its definition: every pair scored alone, ranks by brute force."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -192,6 +193,10 @@ def test_similarity_only_asks_for_no_matching():
     image, text = model.encode_image(images)[1], model.encode_text(captions.ids, captions.mask)[1]
     torch.testing.assert_close(by_image.scores, (image @ text.T).topk(5).values)
     torch.testing.assert_close(by_text.scores, (text @ image.T).topk(5).values)
+    with warnings.catch_warnings():  # nothing is re-ranked, so nothing is said of it
+        warnings.simplefilter("error")
+        given = (loader(images, 4), IMAGES, captions, ALONE)
+        rank(model, *given, k=1000, rerank=False, image_batch=4)
 
 
 def test_equal_scores_are_ordered_by_later_index():

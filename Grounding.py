@@ -177,8 +177,8 @@ def train(model: Retrieval, data: ReferringExpressions | None, tokenizer, config
     teacher = MomentumPairs(model, config.momentum)
 
     if run.validation_due(run.step):  # resumed after a kill in a validation
-        _, found, _ = locate(whole_model(model), data, tokenizer, config, start)
-        run.keep_best(scores(found, data)["val"], run.step)
+        _, found, damages = locate(whole_model(model), data, tokenizer, config, start)
+        run.keep_best(scores(found, data)["val"] | damages, run.step)
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
         alpha = torch.full((), config.alpha_at(step, plan), device=start.world.device)
@@ -186,8 +186,8 @@ def train(model: Retrieval, data: ReferringExpressions | None, tokenizer, config
         grad_norm = start.precision.step(optimizer, model.parameters())
         run.log_step(step + 1, **losses, grad_norm=grad_norm)
         if run.validation_due(step + 1):
-            _, found, _ = locate(whole_model(model), data, tokenizer, config, start)
-            run.keep_best(scores(found, data)["val"], step + 1)
+            _, found, damages = locate(whole_model(model), data, tokenizer, config, start)
+            run.keep_best(scores(found, data)["val"] | damages, step + 1)
         run.save_if_due(step + 1)
         run.leave_if_interrupted(step + 1)
     return run.finish()

@@ -74,8 +74,9 @@ def some(names: Sequence[str], most: int = 8) -> str:
 
 def nearest(name: object, known: Iterable[object], cutoff: float = 0.5) -> str | None:
     """The most similar of `known`, None where none is like it."""
-    close = get_close_matches(str(name), [str(each) for each in known], 1, cutoff)
-    return close[0] if close else None
+    names = {str(each).lower(): str(each) for each in known}
+    close = get_close_matches(str(name).lower(), names, 1, cutoff)
+    return names[close[0]] if close else None
 
 
 def did_you_mean(name: object, known: Iterable[object], cutoff: float = 0.5) -> str:

@@ -117,9 +117,12 @@ def make_folder(folder: str | Path, option: str) -> Path:
 
 
 def _refuse_address(path: str | Path, remedy: str, places: str = "this machine alone") -> None:
-    """UserError for `s3://...`, of which a folder `s3:` would be made, also without a bucket's name."""
+    """UserError for `s3://...`, of which a folder `s3:` would be made, also without a bucket's name, and
+    for `$HOME/...`, of which a folder `$HOME`."""
     if re.match(r"[a-z][a-z0-9+.-]*:/|(s3a?|gs|gcs|az|abfs):$", str(path)):
         raise UserError(f"{path}: results are written to {places}; {remedy}")
+    if re.search(r"\$(\w|\{\w+\})", str(path)) and not os.path.lexists(path):
+        raise UserError(f"{path}: only a shell fills in its variables, no file does; {remedy}")
 
 
 def _check_writable(folder: Path, remedy: str) -> None:

@@ -172,7 +172,8 @@ def checked_file(path: Path, above: tuple[Path, ...]) -> Path:
             f"{path} says the whole command"
         )
     if not path.is_file():
-        raise UserError(f"{path}: no such file{hint_for_missing(path)}")
+        fault = "not a regular file" if path.exists() else f"no such file{hint_for_missing(path)}"
+        raise UserError(f"{path}: {fault}")
     if path.resolve() in above:
         raise UserError(f"{path}: is its own base; remove one `base:`")
     return path

@@ -36,7 +36,7 @@ def convert(value: Any, kind: type) -> Any:
         raise ValueError(value)
     if kind in (str, Path):  # a number is welcome: `epochs: 30` is as good as '30 epochs'
         # a shell leaves the ~ of --output-dir=~/run, and files have none
-        return kind(os.path.expanduser(text) if text.startswith("~/") else text)
+        return kind(os.path.expanduser(text))
     number = float(text)
     if not math.isfinite(number):  # 1e400 is not, either
         raise ValueError(value)
@@ -84,6 +84,9 @@ class Option(Knob):
         return self.many(found) if self.many else found[0]
 
     def _read_one(self, value: Any) -> Any:
+        # as an unset variable leaves it: `--output_dir $OUT`; image_root may be no folder at all
+        if self.kind is Path and not str(value).strip() and self.default != Path():
+            raise ValueError(value)
         value = convert(value, self.kind)
         too_low = self.low is not None and value < self.low
         too_high = self.high is not None and value > self.high

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import io
 import os
+import pwd
 import re
 import subprocess
 import sys
@@ -231,6 +232,17 @@ def test_the_home_of_the_user(yaml, monkeypatch):
     got = read("--checkpoint=~/a.pt", "--config", yaml("train_file: [~/b.json, 'c/~/d', ~e]"))
     assert got.checkpoint == Path("/home/me/a.pt")
     assert got.train_file == ["/home/me/b.json", "c/~/d", "~e"]
+    assert read("--checkpoint=~").checkpoint == Path("/home/me")
+    user = pwd.getpwuid(os.getuid())
+    assert read(f"--checkpoint=~{user.pw_name}/a").checkpoint == Path(user.pw_dir, "a")
+
+
+def test_an_empty_path_is_none_of_a_folder_or_file(yaml):
+    """As `--checkpoint $RUN` without RUN: the folder that the script is started in it is not."""
+    said = "expected a path or none, got ''; for example folder/file"
+    assert mistakes("--checkpoint", "") == f"--checkpoint: {said}"
+    file = yaml("checkpoint: ''")
+    assert mistakes("--config", file) == f"{file}:1: checkpoint: {said}"
 
 
 @pytest.mark.parametrize(
@@ -268,6 +280,7 @@ def test_unknown_key_names_file_line_and_neighbour(yaml):
 
 def test_unknown_flag_names_neighbour():
     assert mistakes("--aplha", "1") == "--aplha: unknown key; did you mean --alpha?"
+    assert mistakes("--ALPHA", "1") == "--ALPHA: unknown key; did you mean --alpha?"
     assert (
         mistakes("--optimiser.lr", "1")
         == "--optimiser.lr: unknown key; did you mean --optimizer.lr?"

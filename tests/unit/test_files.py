@@ -278,7 +278,12 @@ def test_results_are_not_written_into_a_folder_called_like_a_scheme(make, tmp_pa
         make(Path("s3://bucket/x"), "--target")
     with pytest.raises(UserError, match=r"s3:: results .*folders and buckets"):
         check_output_folder(Path("s3://"))  # without a bucket's name
+    for name in ("$HOME/run", "/runs/${USER}", "$SCRATCH"):  # in a YAML file
+        with pytest.raises(UserError, match=r"^[^ ]*\$[^ ]*: only a shell fills in its variables"):
+            check_output_folder(tmp_path / name)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "$mine").mkdir()
+    check_output_folder(tmp_path / "$mine")
     (tmp_path / "file").touch()
     for name in ("file", "a\0b", "file/x", "a" * 300):
         with pytest.raises(UserError, match="name another --target"):

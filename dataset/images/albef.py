@@ -7,6 +7,7 @@ every sample.
 
 import torch
 
+from base.errors import UserError
 from dataset.images.randaugment import GEOMETRIC, RandAugment
 
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -22,6 +23,14 @@ def resize(
 
     mode = InterpolationMode(interpolation)
     return resize_image(image, [height, width], interpolation=mode, antialias=True)
+
+
+def check_areas(names: str, least: float, most: float) -> None:
+    """UserError where the smallest area of a random crop is above the largest one."""
+    if least > most:
+        raise UserError(
+            f"{names} {least} {most}: no crop is that small; give the smaller area first"
+        )
 
 
 def random_box(image: torch.Tensor, scale: tuple[float, float]) -> Box:
@@ -63,7 +72,7 @@ class TrainTransform:
     """Random crop, flips and RandAugment: uint8 [3,H,W] to uint8 [3,resolution,resolution].
 
     scale: range of the crop's fraction of the area; (0.5, 1) for retrieval, VQA, VE and NLVR2,
-    (0.2, 1) for pre-training, None for no crop at all (grounding). flip: flip half of the images
+    (0.2, 1) for pre-training, None for no crop at all (grounding); UserError where its ends are turned round. flip: flip half of the images
     horizontally; switch it off where texts say "left".
     """
 
@@ -74,6 +83,8 @@ class TrainTransform:
         flip: bool = True,
         augment: RandAugment | None = None,
     ):
+        if scale:
+            check_areas("crop_scale", *scale)
         self.resolution = resolution
         self.scale = scale
         self.flip = flip

@@ -17,7 +17,7 @@ from base.errors import UserError
 from base.knobs import check_choices, knob
 from base.limits import SIDE, VIEWS
 from base.pixels import IMAGENET, middle
-from dataset.images.albef import random_box, resize, resized_crop
+from dataset.images.albef import check_areas, random_box, resize, resized_crop
 
 GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue in a grey level (ITU-R 601)
 
@@ -135,12 +135,14 @@ class ImageViews:
     ):
         """side: of the global view. local: A, by default `num_augs`. compat: see
         ViewOptions.randaugment."""
+        least, most = options.strong_min_scale, options.multicrop_max_scale
+        check_areas("strong_min_scale, multicrop_max_scale", least, most)
         self.local_count = options.num_augs if local is None else local
         small = options.multicrop_resize or side
         weak = View(side, (options.weak_min_scale, 1.0), options.interpolation)
         strong = View(
             small,
-            (options.strong_min_scale, options.multicrop_max_scale),
+            (least, most),
             options.interpolation,
             jitter=(0.4, 0.4, 0.4, 0.1) if options.jitter else None,
             grey=options.grayscale_prob,

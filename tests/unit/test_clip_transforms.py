@@ -7,6 +7,7 @@ from torchvision.transforms import v2
 from base.errors import UserError
 from dataset.images import clip as clip_transforms
 from dataset.images import vit
+from dataset.images.albef import TrainTransform
 from dataset.images.clip import (
     EvalView,
     ImageViews,
@@ -190,3 +191,12 @@ def test_a_thin_image_shows_its_middle_and_takes_no_more_memory_than_that(view):
 def test_impossible_options(options):
     with pytest.raises(UserError):
         ViewOptions(**options)
+
+
+def test_areas_of_crops_that_are_turned_round_are_refused():
+    with pytest.raises(UserError, match=r"crop_scale 0\.5 0\.1: .* the smaller area first"):
+        TrainTransform(16, (0.5, 0.1))
+    with pytest.raises(
+        UserError, match=r"strong_min_scale, multicrop_max_scale 0\.08 0\.05: no crop"
+    ):
+        ImageViews(16, ViewOptions(multicrop_max_scale=0.05))

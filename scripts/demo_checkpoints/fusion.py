@@ -35,7 +35,8 @@ def retrieval(file: Path, config, world: World) -> Abilities:
     layer = word_layer(model.config.bert.fusion_layer, model.config.bert.num_hidden_layers)
 
     def tokens(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        cleaned = [clean(pre_caption(text, task.max_words), text) for text in texts]
+        cleaned = [pre_caption(text, task.max_words) for text in texts]
+        check_words(tokenizer, cleaned, texts)
         ids, mask = tokenizer(cleaned, task.max_tokens, lengths=None)
         return ids.to(world.device), mask.to(world.device)
 
@@ -83,7 +84,8 @@ def answering(file: Path, config, world: World) -> Abilities:
 
     @torch.no_grad()
     def answer(image: Tensor, question: str, answers: Sequence[str]) -> Ranked:
-        asked = clean(pre_question(question, task.max_words_test), question)
+        asked = pre_question(question, task.max_words_test)
+        check_words(tokenizer, [asked], [question])
         ids, mask = tokenizer([asked])
         answer_ids, answer_mask = encode_answers(answers, tokenizer)
         k = min(task.k_test, len(answers))
@@ -102,7 +104,9 @@ def entailment(file: Path, config, world: World) -> Abilities:
 
     @torch.no_grad()
     def entail(image: Tensor, sentence: str) -> Ranked:
-        ids, mask = tokenizer([clean(pre_caption(sentence, task.max_words), sentence)])
+        cleaned = pre_caption(sentence, task.max_words)
+        check_words(tokenizer, [cleaned], [sentence])
+        ids, mask = tokenizer([cleaned])
         inputs = (view(image)[None], ids, mask)
         logits = model.logits(*(each.to(world.device) for each in inputs))
         probability = logits[0].softmax(-1).tolist()
@@ -131,11 +135,12 @@ def common(file: Path, config) -> dict:
     return options
 
 
-def clean(text: str, original: str) -> str:
-    """UserError where nothing is left of a text after ALBEF's cleaning."""
-    if not text.strip():
-        raise UserError(f"{original!r}: no word is left after cleaning; type letters or digits")
-    return text
+def check_words(tokenizer: Tokenizer, cleaned: Sequence[str], texts: Sequence[str]) -> None:
+    """UserError for a text of which ALBEF's cleaning, or the vocabulary, leaves nothing: it would be
+    ranked as any other such text is."""
+    for left, text in zip(cleaned, texts, strict=True):
+        if not {*tokenizer.plain_ids(left)} - {tokenizer.unk_id}:
+            raise UserError(f"{text!r}: no word is left that the vocabulary knows; use other words")
 
 
 def answer_list(file: Path, config) -> list[str]:

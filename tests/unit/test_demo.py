@@ -3,6 +3,7 @@ lacks."""
 
 import os
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from PIL import Image
 from base.distributed import ALONE
 from base.errors import BadSample, UserError
 from dataset.images.decode import decode_image
+from dataset.text.wordpiece import Tokenizer, pre_caption
 from evaluation.demo import tasks, view
 from evaluation.demo.abilities import Abilities, Embedder, lacking, together
 from evaluation.demo.index import Index, build_index, nearest_rows
@@ -404,3 +406,15 @@ def test_on_this_machine_alone_the_page_answers_to_its_own_names(host, elsewhere
     client = TestClient(Starlette(routes=routes, middleware=page.middleware(host)))
     for name, status in (("127.0.0.1:7860", 200), ("localhost:80", 200), ("x.org", elsewhere)):
         assert client.get("/", headers={"host": name}).status_code == status, name
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"), [("a seven", False), ("!?", True), ("\U0001f600", True)]
+)
+def test_a_query_without_a_known_word_is_refused(text, refused, digitscenes):
+    """Of emoji BERT knows none: all of them would be ranked alike."""
+    from scripts.demo_checkpoints.fusion import check_words
+
+    tokenizer = Tokenizer(digitscenes / "tokenizer")
+    with pytest.raises(UserError, match="no word is left") if refused else nullcontext():
+        check_words(tokenizer, [pre_caption(text)], [text])

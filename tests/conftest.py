@@ -118,6 +118,14 @@ def cache(tmp_path_factory, shared_cache):
         yield folder
 
 
+@pytest.fixture
+def tmp_path(tmp_path):
+    """pytest's, in a folder of its own: the page of a run reads twenty runs that lie beside it."""
+    folder = tmp_path / "test"
+    folder.mkdir()
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def no_bar_left():
     """A test starts without the progress bars of those before it."""

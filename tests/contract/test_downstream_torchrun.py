@@ -16,7 +16,7 @@ def results(out: Path) -> dict:
     return {name: value for name, value in metrics.items() if name != "checkpoint"}
 
 
-@pytest.mark.parametrize("task", ["VQA", "NLVR", "Grounding"])
+@pytest.mark.parametrize("task", ["VQA", pytest.param("NLVR", marks=pytest.mark.slow), "Grounding"])
 def test_two_processes_train_evaluate_and_leave(digitscenes, tmp_path, task):
     """With loader workers and TensorBoard, whose threads and processes must not outlive the run."""
     more = ["--scheduler.epochs", "4 steps", "--workers", "1", "--tensorboard", "true"]

@@ -68,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
             number = sum(server.requests.values())
         trouble = server.trouble(number, self.path)
         if trouble == "slow":
-            time.sleep(0.2)
+            time.sleep(0.05)
         if trouble == "reset":
             self.hang_up()
             return
@@ -123,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.001)
     (tmp_path / "store").mkdir()
     write_shards(tmp_path / "store", (9, 6, 8))
     server = Server(tmp_path / "store")

@@ -65,7 +65,6 @@ def losses_so_far(folder):
 
 
 CASES = {
-    "json, 1 process": (1, False),
     "json, 2 processes": (2, False),
     "shards, 1 process": (1, True),
 }

@@ -69,12 +69,12 @@ def slow_first_process(rank, store):
     )
 
     def work():
-        time.sleep(5)
+        time.sleep(3)
         return "done"
 
     assert distributed.on_main(work, patient=True) == "done"
     with distributed.rank_0_first():
-        time.sleep(4 if rank == 0 else 0)
+        time.sleep(3 if rank == 0 else 0)
 
 
 def test_a_slow_first_process_is_waited_for(tmp_path):

@@ -34,7 +34,7 @@ def finetuned(digitscenes, tmp_path_factory):
 
     def get(task: str) -> Path:
         if task not in runs:
-            runs[task] = tmp_path_factory.mktemp(task)
+            runs[task] = tmp_path_factory.mktemp(task) / "run"
             start(task, digitscenes, runs[task])
         return runs[task]
 

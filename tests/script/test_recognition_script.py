@@ -34,7 +34,7 @@ def script(module, *flags) -> dict:
 @pytest.fixture(scope="module")
 def trained(digitscenes, tmp_path_factory):
     """A finished debug run and its metrics."""
-    folder = tmp_path_factory.mktemp("run")
+    folder = tmp_path_factory.mktemp("trained") / "run"
     return folder, start(arguments(digitscenes, folder))
 
 

@@ -58,7 +58,7 @@ def start(data: Path, out: Path, *more) -> dict:
 
 @pytest.fixture(scope="module")
 def finetuned(data, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("finetuned")
+    out = tmp_path_factory.mktemp("finetuned") / "run"
     start(data, out)
     return out
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from base.errors import UserError
 from dataset.images.align import AlignView, AlignViews
 from dataset.text.align import AlignTokenizer
-from models.dual_encoder.align import Align
+from models.dual_encoder.align import TEXTS, Align
 from models.dual_encoder.base import NOT_LOADED, names_by_decay
 from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual, model_names, parts_of
@@ -76,9 +76,21 @@ def test_text_sizes(name, parameters):
     )
 
 
-@pytest.mark.parametrize("name", [n for n in model_names() if n.startswith("ALIGN_")])
-def test_every_pair_is_a_model(name):
-    assert name in model_names() and parts_of(name) == (Align, name.split("_")[1], 0)
+def test_every_pair_is_a_model():
+    names = [name for name in model_names() if name.startswith("ALIGN_")]
+    assert len(names) == len(SHAPES) * len(TEXTS)
+    for name in names:
+        assert parts_of(name) == (Align, name.split("_")[1], 0)
+
+
+EACH_ONCE = [
+    *(f"ALIGN_{image}_TINY" for image in SHAPES),
+    *(f"ALIGN_NANO_{text}" for text in TEXTS),
+]
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(EACH_ONCE))
+def test_every_tower_makes_a_model(name):
     with torch.device("meta"):
         model = build_dual(DualConfig(model=name, embed_dim=640))
     assert (model.image_projection is None) == ("_B7_" in name)

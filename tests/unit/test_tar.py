@@ -121,7 +121,7 @@ def test_no_damage_loses_samples_silently(kind, seed, tmp_path):
     whole = path.read_bytes()
     random_numbers = random.Random(seed)
     worse = 0
-    for _ in range(60):
+    for _ in range(30):
         data = bytearray(whole)
         at = random_numbers.randrange(len(data) - 10240)
         block = at - at % 512
@@ -149,7 +149,7 @@ def test_no_damage_loses_samples_silently(kind, seed, tmp_path):
         worse += len(good) - incomplete < total
         if good:
             assert keys_by_every_way(path)
-    assert worse > 10
+    assert worse > 5
 
 
 def test_a_zeroed_header_costs_one_sample(tmp_path):

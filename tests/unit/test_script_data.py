@@ -163,7 +163,7 @@ def test_pre_training(fixed, digitscenes, image_tokenizer, tmp_path):
         assert (view.scale, view.flip) == (None if fixed else (0.3, 0.4), False)
         assert (view.shared_view, view.fixed_geometry) == (fixed, fixed)
         check_augmentation(view.augment, *((0, 0, "none") if fixed else (2, 3, "original")))
-        assert source.build.max_words == 3 and (mask.height, mask.total) == (3, 4)
+        assert source.build.max_words == 3 and (mask.side, mask.total) == (3, 4)
     assert (stream.collate.max_tokens, stream.collate.mlm_probability) == (4, 0.5)
 
 

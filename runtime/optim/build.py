@@ -93,6 +93,10 @@ class Optimizer:
                 f"optimizer.opt {self.opt!r} is unknown{did_you_mean(self.opt, names) or '.'} "
                 f"Known: {', '.join(names)}"
             )
+        if self.keras and self.opt.lower() not in ("adamw", "sgd"):
+            raise UserError(
+                f"optimizer.keras is the arithmetic of sgd and adamw, not of {self.opt}: set it to false"
+            )
 
 
 def parameter_groups(

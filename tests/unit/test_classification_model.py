@@ -206,6 +206,8 @@ def test_keras_arithmetic_is_torchs_where_nothing_changes(opt):
             optimizer.step()
         weights.append(model.weight.detach())
     torch.testing.assert_close(*weights)
+    with pytest.raises(UserError, match="arithmetic of sgd and adamw, not of lamb"):
+        Optimizer("lamb", keras=True)
 
 
 def test_mixing_keeps_the_mass_of_the_labels():

@@ -105,8 +105,8 @@ def training_views(
     return ImageViews(network.image_size, options, local, network.compat)
 
 
-def is_openai(model: str) -> bool:
-    """OpenAI's models (ViT-B-32, RN50); all other names have parts joined by _."""
+def is_of_one_part(model: str) -> bool:
+    """Whether a name is one of OpenAI's (ViT-B-32, RN50): all others have parts joined by _."""
     return "_" not in model
 
 
@@ -120,7 +120,7 @@ def eval_view(
         return EvalView(side, inputs.pixels.interpolation, inputs.resized, inputs.squeeze)
     if is_align(model):
         return AlignView(side)
-    return EvalView(side, interpolation or ("bicubic" if is_openai(model) else "bilinear"))
+    return EvalView(side, interpolation or ("bicubic" if is_of_one_part(model) else "bilinear"))
 
 
 def image_side(opened, device: torch.device) -> tuple[Callable, Callable]:
@@ -147,7 +147,7 @@ def input_statistics(network, device: torch.device) -> tuple[Tensor, Tensor]:
     if of_library(network.model):
         pixels = dual_inputs(network.model).pixels
         return pixel_statistics(device, pixels.mean, pixels.std)
-    if is_openai(network.model):
+    if is_of_one_part(network.model):
         return pixel_statistics(device, *OPENAI)
     return pixel_statistics(device, *HALF) if is_align(network.model) else pixel_statistics(device)
 

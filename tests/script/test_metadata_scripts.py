@@ -29,13 +29,14 @@ def published(tmp_path):
     """YFCC100M's table of six images, of which four were downloaded and three are on OpenAI's
     list."""
     titles = ["A+red%20dog", "two", "see+http%3A%2F%2Fx.y+now", "four", "<b>five</b>", ""]
+    titles[4] += "%2Bwww.x.y+6"
     lines = [
         table_line(n, title, f"<a+href=%22u%22>words</a>+%26+more+{n}")
         for n, title in enumerate(titles)
     ]
     (tmp_path / "table.txt").write_text("\ufeff" + "".join(lines) + "\n")
     (tmp_path / "table.txt.bz2").write_bytes(bz2.compress("".join(lines).encode()))
-    np.save(tmp_path / "ids.npy", np.array([4, 0, 2, 5]))
+    np.save(tmp_path / "ids.npy", np.array([4, 0, 2, 5, 5]))
     (tmp_path / "subset.tsv").write_text("".join(f"{n}.0\tid\thash\n" for n in (0, 1, 2, 4)))
     return tmp_path
 
@@ -48,8 +49,8 @@ def test_yfcc15m(published, table, capsys):
     rows = [json.loads(line) for line in (published / "out.jsonl").read_text().splitlines()]
     assert [row["image"] for row in rows] == [f"images/00/000.zip/00{n}.jpg" for n in (0, 2, 4)]
     assert rows[0]["caption"] == ["A red dog", "words & more 0"]
-    assert rows[1]["caption"][0] == "see  now" and rows[2]["caption"][0] == "five"
-    assert "3 captioned images" in capsys.readouterr().out
+    assert rows[1]["caption"][0] == "see  now" and rows[2]["caption"][0] == "five  6"
+    assert "3 captioned images (4 available, 4 on the list)" in capsys.readouterr().out
 
 
 def test_tables_are_found_packed_as_they_are_published(published, monkeypatch):
@@ -105,6 +106,8 @@ def test_mistakes_of_make_dataset(published):
             (published / name).write_bytes(content)
             with pytest.raises(UserError, match=re.escape(name)):
                 run(**{option: name})
+    with pytest.raises(UserError, match="first column must be line numbers, not '-1'"):
+        run(subset="negative.tsv")
     assert not (published / "o.jsonl").exists()
 
 

@@ -102,6 +102,9 @@ def test_nothing_is_uploaded_but_this_export(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(convert_script, "check_hub", refuse)
     monkeypatch.setattr(convert_script, "push", lambda *given: uploads.append(given) or "there")
     source, out = trained(tmp_path / "run"), tmp_path / "out"
+    words = [str(source), "--to", "timm", "--output", str(source / "config.yaml")]
+    assert convert_script.main(words) == 2
+    assert "config.yaml is not a folder; name another --output" in capsys.readouterr().err
     words = [str(source), "--output", str(out), "--push", "me/tiny", "--to"]
     assert convert_script.main([*words, "safetensors"]) == 2 and not out.exists()
     assert "me/tiny is refused" in capsys.readouterr().err

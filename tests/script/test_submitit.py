@@ -103,6 +103,12 @@ def test_defaults_are_the_originals_launcher(capsys):
     assert options(text) >= given and "-ge 30 ]" in text
 
 
+def test_an_option_of_sbatch_replaces_ours_however_it_is_spelt(capsys):
+    for name in ("gpus-per-node", "gpus_per_node", "--gpus-per-node"):
+        found = options(preview(capsys, *SLURM, f"--sbatch={name}=a100:8"))
+        assert {each for each in found if each.startswith("--gpus")} == {"--gpus-per-node=a100:8"}
+
+
 @pytest.mark.parametrize("words, tasks", [([], 1), (["--tasks", "3"], 3)])
 def test_cpu_job_asks_for_no_gpu(capsys, words, tasks):
     text = preview(capsys, "Pretrain.py", "--nodes", "1", "--ngpus", "0", "--timeout", "3", *words)
@@ -115,6 +121,7 @@ def test_cpu_job_asks_for_no_gpu(capsys, words, tasks):
     [
         (["--mem", "0"], {"--mem=0M"}),  # Slurm's word for all of it
         (["--sbatch", "mem_per_gpu=50G"], {"--mem-per-gpu=50G"}),  # which excludes --mem
+        (["--sbatch=--mem-per-gpu=50G"], {"--mem-per-gpu=50G"}),
         (["--sbatch", "mem-per-cpu=4G", "--mem", "8"], {"--mem-per-cpu=4G", "--mem=8192M"}),
     ],
 )
@@ -195,11 +202,12 @@ def test_the_batch_file_is_valid_shell_and_requeues_only_what_asks_for_it(capsys
     assert slurm.EXIT_REQUEUE == EXIT_REQUEUE
     folder = tmp_path / "LIMIT"  # a word that the batch file's template has as well
     folder.mkdir()
-    text = preview(capsys, *SLURM, "--job_dir", str(folder), "--max_requeues", "2")
+    text = preview(capsys, *SLURM, "--job_dir", str(folder), "--max_requeues", "3")
+    (folder / "requeues.log").write_text("job 7 asked\njob 112 asked\njob 1 asked\n")
     stand_ins = f"""
     scontrol() {{ echo "$@" >> {tmp_path}/asked; [ "$2" != node ] || echo "NodeAddr=10.1.2.3 NodeHostName=n1"; }}
     squeue() {{ [ "$*" = "-h -j 12 -o %T" ] && echo "$STATE"; }}
-    srun() {{ echo "$MASTER_ADDR" > {tmp_path}/address; eval "$BEFORE_END"; return $STATUS; }}
+    srun() {{ env | grep -E '^(RANK|MASTER_ADDR)=' > {tmp_path}/env; eval "$BEFORE_END"; return $STATUS; }}
     """
 
     def requeued(status, before_end=":", state="RUNNING") -> bool:
@@ -222,8 +230,8 @@ def test_the_batch_file_is_valid_shell_and_requeues_only_what_asks_for_it(capsys
     # the processes were signalled, and have left, before the batch file was
     assert not requeued(75, state="COMPLETING") and not requeued(143, state="CANCELLED")
     assert requeued(75, state=""), "Slurm does not answer"
-    assert requeued(143) and not requeued(75), "two requeues were allowed"
-    assert (tmp_path / "address").read_text() == "10.1.2.3\n"
+    assert requeued(138) and requeued(143) and not requeued(75), "three requeues were allowed"
+    assert (tmp_path / "env").read_text() == "MASTER_ADDR=10.1.2.3\n"
 
 
 def test_absent_slurm_says_how_to_run_without(tmp_path):
@@ -286,26 +294,15 @@ def test_files_that_are_not_on_this_machine_are_named(capsys, tmp_path):
     run_with_submitit.main([*SLURM, "--dry-run", "--", *words])
     said = "note: not on this machine: --train-file lost.json, --image-root no/folder\n"
     assert capsys.readouterr().err == said
-    evaluation = [
-        "--config",
-        "configs/Retrieval/flickr.yaml",
-        "--evaluate",
-        "--test_file",
-        "t.json",
-    ]
-    evaluation += ["--image_root", ".", "--checkpoint", "README.md"]
-    run_with_submitit.main(["Retrieval.py", "--dry-run", "--", *evaluation])
+    evaluation = "--config configs/Retrieval/flickr.yaml --evaluate --test_file t.json"
+    evaluation += " --image_root . --checkpoint README.md"
+    run_with_submitit.main(["Retrieval.py", "--dry-run", "--", *evaluation.split()])
     assert capsys.readouterr().err.startswith("note: not on this machine: --test-file t.json")
-    shards = [
-        "--bpe_path",
-        "trained",
-        "--dataset",
-        "wds",
-        "--metadata",
-        "no.pkl",
-        "--shards",
-        "x.tar",
-    ]
+    of_checkpoint = "--evaluate --momentum true --checkpoint README.md --val-folder docs"
+    run_with_submitit.main(["--dry-run", "--", *of_checkpoint.split()])  # whose model it is
+    built_in = "--train_data cifar10 --val_data cifar10:data"
+    run_with_submitit.main(["Classification.py", "--dry-run", "--", *built_in.split()])
+    shards = "--bpe_path trained --dataset wds --metadata no.pkl --shards x.tar".split()
     run_with_submitit.main(["--dry-run", "--", *shards])
     assert not capsys.readouterr().err
 

@@ -245,7 +245,7 @@ def test_narratives_are_packed(tmp_path):
     (tmp_path / "val").mkdir()
     for name in ("a", "3.0", "7"):
         Image.new("RGB", (8, 8)).save(tmp_path / f"val/{name}.jpg")
-    rows = [("a", "one. "), ("3.0", "a"), ("a", "two. "), (7, "b"), ("lost", "c")]
+    rows = [("a", "one. "), ("3.0", "a"), ("a", "two. "), ("a", None), (7, "b"), ("lost", "c")]
     lines = [json.dumps({"image_id": name, "caption": text}) for name, text in rows]
     (tmp_path / "n.jsonl").write_text("\n".join(lines))
     config = PackConfig(tmp_path / "n.jsonl", tmp_path / "val", tmp_path / "out")
@@ -253,6 +253,7 @@ def test_narratives_are_packed(tmp_path):
     assert pack(config) == {"shards": 2, "images": 3, "missing_images": 1, "without_caption": 0}
     shards = [str(tmp_path / f"out/0000{number}.tar") for number in range(2)]
     assert samples_of(shards) == [2, 1]
+    assert json.loads((tmp_path / "out/00001_stats.json").read_text()) == {"successes": 1}
     notes = [json.loads(record["json"]) for shard in shards for record in read_shard(shard)]
     assert [(note["path"], note["cap"], note["split"]) for note in notes] == [
         ("a.jpg", "one. two.", "val"), ("3.0.jpg", "a", "val"), ("7.jpg", "b", "val")

@@ -164,6 +164,7 @@ def test_an_array_and_its_merge_are_submitted(sbatch, tmp_path, capsys, monkeypa
     submit_array(Sharing(slurm=4, sbatch=["array=0-1%1"]), 2, Path("few"))
     logs = f"--output={tmp_path}/few/slurm"
     assert {f"{logs}/%A_%a_0_log.out", "--array=0-1%1"} <= lines(sbatch / "3.sh")[0]
+    assert f">> {tmp_path}/few/slurm/requeues.log" in (sbatch / "3.sh").read_text()
     merge = lines(sbatch / "4.sh")[0]
     assert "--dependency=afterany:103" in merge and "--array=0-1%1" not in merge
     for count, tasks in ((2, "--array=0-1%2"), (0, "--array=0-0%1")):

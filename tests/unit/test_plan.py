@@ -20,10 +20,18 @@ from runtime.simulate.recorder import Collective, Operation, Recorder, Trace
 from runtime.simulate.stand_ins import attention, simulated_cpu, simulated_gpu
 from scripts.plan import in_full
 from scripts.planning.recipes import recipes
-from scripts.planning.report import Request, figures, text, total_hours, whole_cores
+from scripts.planning.report import (
+    Request,
+    figures,
+    gigabytes,
+    milliseconds,
+    text,
+    total_hours,
+    whole_cores,
+)
 from scripts.planning.simulate import Simulation
 from scripts.planning.steps import Setup, pretrain
-from scripts.planning.towers import sized_text_tower, without_weights
+from scripts.planning.towers import bert_of_width, sized_text_tower, without_weights
 from tests.helpers.processes import Run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -334,7 +342,8 @@ def test_the_figures_by_hand(step):
     memory = f["memory"]
     assert memory["beside"] == needed - 6e10 and memory["fraction"] == needed / H100.memory
     assert memory["parts"] == {"weights": 2e10, "activations": 4e10} and memory["fits"]
-    assert not figures(step, replace(request, gpu=replace(H100, memory=61e9)))["memory"]["fits"]
+    small = figures(step, replace(request, gpu=replace(H100, memory=61e9)))
+    assert not small["memory"]["fits"] and ": DOES NOT FIT (" in text(small, None)
     sent = 2 * 8e8 * 3 / 4
     traffic = f["traffic"]
     assert traffic["collectives"] == 2 and traffic["bytes"] == {"_allgather_base_": sent}
@@ -355,6 +364,16 @@ def test_the_figures_by_hand(step):
     assert "host waits 2 a step" in said and "2 x item (forward) a.py:3" in said
     assert "2 collectives a step; a GPU sends _allgather_base_ 1.2 GB" in said
     assert "checkpoint 3.0 GB, about 2 s" in said and "at 2 a" not in text(f, None)
+    assert ", 0 to 0 at 0 a GPU-hour" in text(f, 0.0), "a price of nothing is one"
+
+
+def test_sizes_and_times_have_their_units():
+    assert [gigabytes(size) for size in (99e6, 1e8, 2.54e9)] == ["99.0 MB", "0.1 GB", "2.5 GB"]
+    assert [milliseconds(value) for value in (0.0015, 9.99, 12.34)] == [
+        "1.5 ms",
+        "9,990.0 ms",
+        "12.3 s",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -438,6 +457,8 @@ def test_a_text_tower_has_its_own_sizes_or_assumed_ones(tmp_path):
             assert HuggingFaceText(network.text_tower).num_features == 384
         sizes = transformers.AutoConfig.from_pretrained(network.text_tower.removeprefix("hf/"))
     assert (sizes.hidden_size, sizes.vocab_size) == (384, network.vocab_size) == (384, 30522)
+    assert (sizes.num_attention_heads, sizes.intermediate_size) == (6, 1536)
+    assert bert_of_width(100).num_attention_heads == 1, "of 100 channels, not 64"
     with (
         pytest.raises(UserError, match="write hf/NAME"),
         sized_text_tower(DualConfig(text_tower="timm/vit")),
@@ -483,9 +504,50 @@ def test_search_fills_the_card(card, monkeypatch):
     monkeypatch.setattr(search, "simulate", simulated)
     monkeypatch.setattr(search, "read_config", config)
     request = Request(replace(H100, memory=card), 1, 50e9, None, None)
-    found = search.search(None, [], request).candidates
+    results = search.search(None, [], request)
+    found = results.candidates
     assert [candidate.checkpointing for candidate in found] == [False, True]
     assert all(0.85 * card < candidate.memory <= 0.9 * card for candidate in found)
+    for candidate in found:
+        one = simulated(None, SimpleNamespace(batch_size=1, activation_checkpointing=False), 1)
+        one.trace.groups[:] = [Group("forward", candidate.batch_size * 10**6)]
+        bound = b.bounds(one.trace, H100, "bf16", 1, 50e9)
+        assert (candidate.eager, candidate.compiled) == (bound.eager, bound.compiled)
+    fastest = max(found, key=lambda one: one.batch_size / one.compiled)
+    assert results.best() == fastest and results.figures()["best"] == vars(fastest)
+    assert f"{fastest.batch_size} samples a GPU and micro-batch" in results.text()
+    two = search.search(None, [], replace(request, gpus=2)).candidates
+    asked = [(one.parallel, one.checkpointing) for one in two]
+    assert asked == [("ddp", False), ("ddp", True), ("fsdp", False), ("fsdp", True)]
+
+
+ALIGN = SimpleNamespace(model="ALIGN_B7", virtual_batch_size=96)
+
+
+@pytest.mark.parametrize(
+    "sizes, unit",
+    [({"batch_size": 31, "network": ALIGN}, 96), ({"batch_size": 1, "batch_size_train": 20}, 8)],
+)
+def test_search_sets_the_scripts_own_batch_size_in_its_unit(monkeypatch, sizes, unit):
+    from scripts.planning import search
+
+    name = max(sizes, key=lambda key: key.startswith("batch_size_train"))
+    tried = []
+
+    def simulated(script, config, gpus):
+        tried.append(config)
+        peak = int(5e8 + 4e6 * getattr(config, name))
+        trace = Trace([COPY], [Group("forward", 10**6)], peak=peak)
+        return SimpleNamespace(trace=trace, config=config)
+
+    monkeypatch.setattr(search, "simulate", simulated)
+    recipe = {"precision": "bf16"} | sizes
+    monkeypatch.setattr(search, "read_config", lambda *_: SimpleNamespace(**recipe))
+    search.search(None, [], Request(replace(H100, memory=8e9), 1, 50e9, None, None))
+    assert {one.parallel for one in tried} == {"ddp"} and len(tried) >= 6
+    tried_sizes = [getattr(one, name) for one in tried]
+    assert all(size >= unit and size % unit == 0 for size in tried_sizes)
+    assert name == "batch_size" or {one.batch_size for one in tried} == {1}
 
 
 def test_unknown_scripts_are_refused_in_process():

@@ -17,7 +17,7 @@ from dataset.tasks.retrieval import RetrievalCollate
 from dataset.tasks.ve_nlvr import NLVR2, SNLI_VE, Statements
 from dataset.tasks.vqa import QuestionAnswers
 from dataset.text.bpe import ClipTokenizer
-from dataset.text.wordpiece import Tokenizer
+from dataset.text.wordpiece import Tokenizer, pre_caption
 from tests.helpers.images import of_colour
 from tests.unit.test_run import options, train
 
@@ -94,6 +94,27 @@ def test_long_captions_tiny_and_missing_images_are_one_line(tmp_path, tokenizer)
         "opened, such as 8.png; 1 of 20 images are under 32 px, such as 7.png",
         start.MORE,
     ]
+
+
+def test_an_image_of_many_captions_and_a_long_one_take_no_longer(tmp_path, tokenizer, monkeypatch):
+    """They took a minute: the bound of two seconds was looked at between two images."""
+    looked_at = []
+
+    def clean(text, words):
+        looked_at.append(len(text))
+        return pre_caption(text, words)
+
+    monkeypatch.setattr(start, "pre_caption", clean)
+    rows = [
+        {"image": "0.png", "caption": ["a dog"] * 1000},
+        {"image": "1.png", "caption": "a " * 9999},
+    ]
+    records = annotated(tmp_path, "train.json", rows)
+    lines = look_over(
+        [RecordSource(records, Pair(tmp_path), "train_file")], RetrievalCollate(tokenizer, 4), {}
+    )
+    assert lines == [] and len(looked_at) == start.SAMPLED + 1
+    assert max(looked_at) == 4 * start.LETTERS
 
 
 def test_the_samples_are_spread_over_long_lists(tmp_path, monkeypatch):

@@ -195,7 +195,7 @@ class TarWalk:
             block = self.source.read(BLOCK)
             if block and len(block) < BLOCK and block.strip(b"\0"):
                 is_all = self.source.position == len(block)
-                raise ReadFault("cut off" + (looks_like(block) if is_all else ""))
+                raise ReadFault(f"no tar archive{looks_like(block)}" if is_all else "cut off")
             if block != ZERO_BLOCK:
                 return zeros, block if len(block) == BLOCK else b""
             zeros += 1

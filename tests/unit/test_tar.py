@@ -311,6 +311,7 @@ def test_damages_are_found_once(tmp_path):
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS"),
         (b"<!DOCTYPE html>" + b" " * 2000, "a web page"),
+        (b"shards/00000.tar\nshards/00001.tar\n", "no tar archive"),  # a list of them
     ],
 )
 def test_what_is_no_tar_at_all_says_what_it_looks_like(tmp_path, content, seen):

@@ -18,6 +18,7 @@ from huggingface_hub.utils import get_session
 from base.errors import UserError
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from scripts.weights import convert as convert_script
+from scripts.weights import push as push_script
 from scripts.weights.card import (
     TRAINED,
     CardFacts,
@@ -140,6 +141,18 @@ def test_weights_that_need_a_folder_of_this_machine_are_not_pushed(name, tmp_pat
         movable(source, Options(repository="me/x"), tmp_path)
 
 
+def test_the_tokenizer_of_a_run_goes_before_that_of_its_llama(tmp_path):
+    for name, content in (("llama/tokenizer.model", "llama's"), ("own.model", "own")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    for given, written in ((None, "tokenizer.model"), (f"{tmp_path}/own.model", "own.model")):
+        config = {"llama": f"{tmp_path}/llama", "tokenizer": given}
+        source = Source(file=tmp_path / "x", weights={}, about={"config": config}, family="nxtp")
+        out = tmp_path / f"out_{written}"
+        movable(source, Options(), out)
+        assert [file.name for file in (out / "tokenizer").iterdir()] == [written]
+
+
 @pytest.mark.slow
 def test_a_hub_that_is_not_there(tmp_path):
     found = convert(trained(tmp_path / "run"), tmp_path / "out", "http://127.0.0.1:9", TOKEN)
@@ -187,9 +200,20 @@ def test_what_the_hub_answers_is_told_apart(error, said, tmp_path, monkeypatch):
             call()
 
 
+def test_a_repository_is_made_where_it_is_not_there(tmp_path, monkeypatch):
+    calls = {}
+    monkeypatch.setattr(push_script, "limit_silence", lambda: None)
+    monkeypatch.setattr(HfApi, "create_repo", lambda _, name, **given: calls.update({name: given}))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda _, **given: calls.update(sent=given))
+    assert push(tmp_path, "me/x", private=True).endswith("/me/x")
+    assert calls["me/x"] == {"private": True, "exist_ok": True}
+    assert (calls["sent"]["repo_id"], calls["sent"]["folder_path"]) == ("me/x", tmp_path)
+
+
 @pytest.mark.parametrize("status", [404, 401])
 def test_a_new_repository_is_told_from_a_token_that_is_refused(status, monkeypatch):
-    def raise_it(*_, **__):
+    def raise_it(_, name, timeout):
+        assert timeout == push_script.SECONDS
         error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
         error.response = SimpleNamespace(status_code=status)
         raise error

@@ -586,8 +586,10 @@ def test_expressions_become_a_list_a_split(tmp_path, capsys):
     assert made[0] == {"image": "a.jpg", "text": "a", "bbox": [0, 0, 4, 4], "split": "train"}
     own = mdetr("train.json", "e")
     before = own.read_text()
-    with pytest.raises(UserError, match=r"holds .*/train\.json itself; write to another folder"):
-        run(".", files[2], own)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for output in (".", "link"):
+        with pytest.raises(UserError, match=r"holds .*/train\.json itself; write to another"):
+            run(output, files[2], own)
     assert own.read_text() == before and not (tmp_path / "val.json").exists()
     with pytest.raises(UserError, match=r"x_a b\.json: split 'a b' is no word"):
         run("out", mdetr("x_a b.json", "f"))

@@ -155,3 +155,17 @@ def test_embeddings_of_other_images_are_refused(stamps, tmp_path):
 def test_maps_are_of_words():
     words = ["a", "school", "”", "-", "crossing", "2"]
     assert [word for word in words if fusion_report.is_telling(word)] == ["school", "crossing", "2"]
+
+
+def test_minutes_of_training_in_a_log(tmp_path):
+    logged = [
+        {"step": 10, "step_s": 6.0, "loss": 2.0},
+        {"step": 10, "val_txt_r1": 3.0},
+        {"note": 1},
+    ]
+    logged.append({"step": 30, "step_s": 3.0, "loss": "nan"})
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, logged)))
+    lines = fusion_report.timed_log(tmp_path)
+    assert [line["minutes"] for line in lines] == [1.0, 1.0, 2.0]
+    assert fusion_report.points(lines, "loss", "minutes") == [(1.0, 2.0)]
+    assert fusion_report.timed_log(None) == fusion_report.timed_log(tmp_path / "none") == []

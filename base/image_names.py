@@ -8,12 +8,23 @@ Lists are written on other systems than they are read on: a name may be relative
 import os
 import posixpath
 import unicodedata
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 
+from base.errors import UserError
 from base.text import composed
 
+FETCH = "fetch the images of its URLs, as img2dataset does"
 BESIDE = (".txt", ".TXT", ".caption")  # endings of a text beside an image; the last is Kohya's
+
+
+def check_fetched(names: Iterable[str]) -> None:
+    """UserError where one of the names of images is an address of the web."""
+    for name in names:
+        if str(name).startswith(("http://", "https://")):
+            raise UserError(
+                f"{name}: an image's address, not a file; {FETCH}, and name what it wrote"
+            )
 
 
 class ImageKeys:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from base.errors import BadSample, UserError
-from base.image_names import existing
+from base.image_names import check_fetched, existing
 from base.limits import IMAGE_BYTES, IMAGE_PIXELS
 from base.pixels import PILLOW_FORMATS, pillow_formats, to_rgb
 from base.reading import is_file
@@ -293,6 +293,7 @@ def check_image_root(root: str | Path, names: Iterable[str], tries: int = 20) ->
     themselves."""
     root = Path(root)
     names = list(islice(names, tries))
+    check_fetched(names)
     named = [existing(root / name) for name in names]
     files = [archive_of(file) or file for file in named]
     if any(is_file(file) for file in files):  # absolute paths do not need the folder

@@ -15,6 +15,7 @@ import numpy as np
 
 from base.caches import cached_path, digest, one_builder, states_digest
 from base.errors import UserError, brief
+from base.image_names import FETCH
 from base.names import some
 from base.reading import parse_entry, parse_first_entry
 from base.text import as_list, text_of
@@ -365,6 +366,8 @@ def _fault(entry: object, required: Sequence[str]) -> str | None:
     for field in required:
         if field not in entry:
             remedy = published_remedy(entry) or named_otherwise(entry, field, required)
+            if field == "image" and "url" in entry:
+                remedy = FETCH
             remedy = remedy or "add the field or remove the entry"
             names = some([name[:40] for name in entry]) or "none"
             return f"no field {field!r} (it has {names}); {remedy}"

@@ -22,6 +22,7 @@ from dataset.sources.shard_columns import (
     image_kinds,
     plain_name,
 )
+from dataset.sources.shard_list import check_one_split
 from dataset.sources.shards import example_record, member_record
 from dataset.sources.tables import Columns
 from dataset.sources.tar import Sample, TarWalk, no_image, read_samples
@@ -30,7 +31,7 @@ from dataset.sources.tfrecord import is_tfrecord, read_frames
 LISTED = 5  # bad samples named
 THREADS = 8
 ERROR_BUDGET = 0.01  # fraction of samples without an image above which shards are refused
-INDEX_VERSION = 5  # part of the key of cached indices: raise it when the rules of reading change
+INDEX_VERSION = 6  # part of the key of cached indices: raise it when the rules of reading change
 ARRAYS = ("shard", "first", "kind", "start", "size", "key_end", "keys", "kinds", "bad", "lost")
 
 
@@ -40,7 +41,8 @@ class ShardIndex(Sequence):
     Members are read where they lie; nothing is kept open, so that workers may share the index. It
     takes about 60 bytes a sample and is cached by path, size and time of change of the shards.
     Damaged samples and those without an image are left out, named and counted: `bad`, messages;
-    `lost`, their number. Raises UserError where they are more than `error_budget` of all.
+    `lost`, their number. Raises UserError where they are more than `error_budget` of all, and where
+    `title` is a folder with shards of several splits.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class ShardIndex(Sequence):
     ):
         self.names = [str(shard) for shard in shards]
         self.title = title or self.names[0]
+        check_one_split(self.title, self.names)
         with ThreadPoolExecutor(THREADS) as pool:
             copied = pool.map(
                 partial(plain_copy, cache=cache_folder()), map(plain_name, self.names)
@@ -158,7 +161,7 @@ class ShardIndex(Sequence):
         return self.read(index, next(kind for kind in kinds if kind in endings))
 
     def _is_example(self, index: int) -> bool:
-        return is_tfrecord(self.names[self.shard[index]])
+        return is_tfrecord(plain_name(self.names[self.shard[index]]))
 
 
 def _of_image(columns: Mapping[str, Columns]) -> dict[str, Columns]:
@@ -223,7 +226,7 @@ def _table(names: Sequence[str], files: Sequence[Path]) -> dict[str, np.ndarray]
 
 def _samples(name: str, file: Path) -> Iterator[Sample]:
     """The samples of one shard without their content; those without an image have a fault."""
-    if is_tfrecord(name):
+    if is_tfrecord(plain_name(name)):
         yield from _frames(name, file)
         return
     with open(file, "rb") as opened:

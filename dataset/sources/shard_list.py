@@ -40,8 +40,13 @@ TAR_ENDINGS = (
     *(".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz"),
     *(".tar.zst", ".tzst", ".tar.lz4"),  # refused by name where they are read
 )
+SHARD_OR_GLOB = re.compile(rf"[*?{{\[]|{SHARD_ENDING}", re.IGNORECASE)
 THREADS = 64  # requests to a store at a time
 INDEXED = 500  # shards from which on their counts are kept in one file
+# what tells in a name of which split a shard is: imagenet2012-train.tfrecord-00000-of-01024
+SPLIT = re.compile(
+    r"(?<![a-z])(train|training|val|valid|validation|dev|test)(?![a-z])", re.IGNORECASE
+)
 COUNT_VERSION = 6  # part of the key of cached counts: raise it when the rules of reading change
 
 
@@ -76,7 +81,10 @@ def find_shards(urls: str | Sequence[str], samples: int | None = None) -> Shards
     time of change or ETag. Raises UserError.
     """
     patterns = as_list(urls)
-    names = tuple(shard for pattern in patterns for shard in list_shards(pattern))
+    listed = {pattern: list_shards(pattern) for pattern in patterns}
+    for pattern, found in listed.items():
+        check_one_split(pattern, found)
+    names = tuple(shard for pattern in patterns for shard in listed[pattern])
     name = patterns[0]
     if samples:
         return Shards(name, names, samples)
@@ -108,10 +116,44 @@ def list_shards(pattern: str) -> list[str]:
     is_folder = not is_remote(pattern) and Path(pattern).is_dir()  # which may have them, too
     for url in [pattern] if is_folder else expand_braces(pattern):
         matches = _remote_matches(url) if is_remote(url) else _local_matches(url)
+        if not matches and is_folder:
+            raise UserError(
+                f"{url}: no shards (.tar, .tfrecord) in it; a table, or a folder of tables or images, is "
+                "given as metadata or train_file"
+            )
         if not matches:
             raise UserError(f"{url}: no such shard; check the path and its braces and wildcards")
         shards += matches
     return shards
+
+
+def check_one_split(pattern: str, shards: Iterable[str]) -> None:
+    """UserError where `pattern` is a folder and the names of its shards say that they are of several
+    splits, which would be read as one."""
+    folder = plain_name(pattern)
+    if not (Path(folder).is_dir() or (is_remote(folder) and not SHARD_OR_GLOB.search(folder))):
+        return  # whoever names shards or a pattern has chosen
+    splits: dict[str, str] = {}  # -> how to name it
+    for shard in map(plain_name, shards):
+        if found := SPLIT.search(shard, min(len(folder), len(shard))):
+            end = shard.find("/", found.end())
+            named = shard[:end] if end >= 0 else f"'{shard[: found.end()]}*'"
+            splits.setdefault(found[1].lower(), named)
+    if len(splits) > 1:
+        raise UserError(
+            f"{folder}: shards of several splits, {', '.join(splits)}; name one: "
+            f"{next(iter(splits.values()))}"
+        )
+
+
+def names_shards(pattern: str) -> bool:
+    """Whether a local pattern with braces or wildcards matches a shard, or a path's ending says so."""
+    if re.search(SHARD_ENDING, pattern, re.IGNORECASE):
+        return True
+    import glob
+
+    wild = re.search(r"[*?\[{]", pattern) is not None
+    return wild and any(is_shard(f) for name in expand_braces(pattern) for f in glob.iglob(name))
 
 
 def _local_matches(url: str) -> list[str]:

@@ -30,7 +30,7 @@ from urllib.parse import parse_qsl
 
 from base.caches import file_state, states_digest
 from base.errors import BadSample, UserError, brief
-from base.image_names import BESIDE, text_beside
+from base.image_names import BESIDE, FETCH, text_beside
 from base.limits import CELL_BYTES, check_limit, over_limit
 from base.names import SHARD_ENDING, matching_files, nearest
 from base.reading import read_bytes, read_json, read_start, too_deep
@@ -448,7 +448,7 @@ def columns_of(
         if "image" in unnamed and _has_shards_beside(path):
             remedy = "name its folder with --shards, whose images these rows are about, or "
         elif "image" in unnamed and has_urls:
-            remedy = "fetch the images of its URLs, as img2dataset does, or "
+            remedy = f"{FETCH}, or "
         elif any(map(is_image, names)):
             remedy = "its first row holds no names: put a row of them above it, or "
         raise UserError(f"{path}: {missing}; {remedy}write '{address}'")

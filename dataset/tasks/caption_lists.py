@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from base.errors import MissingData, UserError, brief
-from base.image_names import existing
+from base.image_names import check_fetched, existing
 from base.reading import first_letter, is_file, read_json, read_lines
 from base.text import as_list
 from base.zip_member import archive_of
@@ -49,6 +49,7 @@ def _image_root(entry: Entry, file: Path, first: Sequence[str]) -> Path:
     """The folder that the images' paths start from: `images` of the entry, else that of the list,
     or the one above it, as COCO's lie in annotations/."""
     places = [Path(entry.images)] if entry.images else [file.parent, file.parent.parent]
+    check_fetched(first)
     for place in places:
         files = [existing(place / image) for image in first]
         if not first or any(is_file(archive_of(file) or file) for file in files):

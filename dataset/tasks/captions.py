@@ -20,6 +20,7 @@ from torch.utils.data import default_collate
 from base.caches import cached_path
 from base.distributed import on_main, rank_0_first
 from base.errors import BadSample, UserError, brief, unknown
+from base.image_names import check_fetched
 from base.knobs import knob
 from base.names import name_of
 from base.reading import first_letter, read_json
@@ -317,6 +318,7 @@ def check_images(root: str | Path, records: Sequence[dict], tries: int = 20) -> 
     """UserError when none of the first images can be read below `root`."""
     root = Path(root)
     complaints = []
+    check_fetched(record["image"] for record in islice(records, tries))
     for record in islice(records, tries):
         try:
             image_of(record, root)

@@ -293,7 +293,8 @@ def choose(
         elif name in catalog:
             chosen.append(catalog[name])
         elif colon and kind in KINDS and path:
-            title = re.sub(r"(/tree/\w+|/resolve/\w+)?/*$", "", path).rpartition("/")[2]
+            title = re.split(r"\?\w+=", path)[0]  # columns may have slashes: captions/text
+            title = re.sub(r"(/tree/\w+|/resolve/\w+)?/*$", "", title).rpartition("/")[2]
             title = re.sub(r"\.(jsonl?|csv|tsv|parquet|txt)(\?.*)?$", "", title)
             title = re.sub(rf"([{{*].*)?{SHARD_ENDING}\b.*$", "", title, flags=re.IGNORECASE)
             title = title.removeprefix("wds_").removeprefix("vtab-")

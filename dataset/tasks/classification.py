@@ -15,7 +15,6 @@ Labels stay lists of class ids with weights. They are never expanded to the numb
 
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -32,7 +31,7 @@ from base import distributed
 from base.caches import digest, file_state, states_digest
 from base.errors import BadSample, UserError, brief, no_such_class
 from base.knobs import knob
-from base.names import SHARD_ENDING, did_you_mean
+from base.names import did_you_mean
 from base.reading import read_json, read_lines
 from base.text import as_list, composed, lenient_text, whole_number
 from dataset.images.decode import check_image_root
@@ -51,7 +50,7 @@ from dataset.sources.hub import is_hub
 from dataset.sources.records import Records
 from dataset.sources.shard_columns import plain_name, split_columns
 from dataset.sources.shard_index import ERROR_BUDGET, ShardIndex
-from dataset.sources.shard_list import is_shard, list_shards, shared_shards
+from dataset.sources.shard_list import is_shard, list_shards, names_shards, shared_shards
 from dataset.sources.shards import ShardSource
 from dataset.sources.tables import (
     SAVED,
@@ -228,7 +227,7 @@ def is_shards(data: str) -> bool:
     if not Path(data).is_dir():
         if is_hub(data):
             return False
-        return "://" in data or re.search(SHARD_ENDING, data, re.IGNORECASE) is not None
+        return "://" in data or names_shards(data)
     if any(is_shard(path.name) for path in Path(data).iterdir()):
         return True
     telling = (path for path in files_below(data) if is_shard(path.name) or is_image(path))

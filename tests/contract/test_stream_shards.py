@@ -40,6 +40,11 @@ def test_lists_globs_braces_folders(tmp_path):
     for missing in (f"{tmp_path}/x/{{00000..00003}}.tar", f"{tmp_path}/z*.tar"):
         with pytest.raises(UserError, match="no such shard"):
             list_shards(missing)
+    (tmp_path / "images").mkdir()
+    with pytest.raises(
+        UserError, match=r"no shards \(.tar, .tfrecord\) in it; .* as metadata or train"
+    ):
+        list_shards(f"{tmp_path}/images")
 
 
 def test_counts(tmp_path):

@@ -216,6 +216,8 @@ def test_choosing():
         for entry in choose(["pets", "webdataset:https://host/wds_vtab-svhn/tree/main"], CATALOG)
     ]
     assert names == ["pets", "svhn"]
+    (entry,) = choose(["retrieval:f/flickr.tfrecord?image=image/encoded&caption=a/text"], CATALOG)
+    assert entry.name == "flickr"
     (entry,) = choose(["wds:/data/wds_voc2007"], CATALOG)
     assert (entry.name, entry.kind, entry.metric) == ("voc2007", "webdataset", "map11")
     with pytest.raises(

@@ -151,6 +151,10 @@ def test_missing_files_and_wrong_root(tmp_path):
         check_image_root(tmp_path / "nowhere", [])
     with pytest.raises(UserError, match=r"none of the first 2 images.*a\.jpg"):
         check_image_root(tmp_path, ["a.jpg", "b.jpg"])
+    with pytest.raises(
+        UserError, match=r"^http://x/1.jpg: an image's address.*as img2dataset does"
+    ):
+        check_image_root(tmp_path, ["http://x/1.jpg"])
     (tmp_path / "b.jpg").write_bytes(JPEG)
     check_image_root(tmp_path, ["a.jpg", "b.jpg"])
     check_image_root(tmp_path / "nowhere", [str(tmp_path / "b.jpg")])  # absolute

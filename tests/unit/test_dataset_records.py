@@ -85,6 +85,7 @@ FAULTS = {
         "entry 1",
         "'caption' must be str or list, not bool",
     ),
+    '[{"url": "http://x/1.jpg", "caption": "c"}]': ("no field 'image'", "as img2dataset does"),
     f'[{GOOD}, {{"image": ["b"], "caption": "c"}}]': ("entry 1", "'image' must be str"),
     '[{"image": "b", "caption": []}]': ("every entry's caption is empty",),
     '{"info": {}, "images": [], "annotations": []}': ("no field 'image'", "--dataset coco"),

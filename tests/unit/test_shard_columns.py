@@ -10,7 +10,7 @@ import torch
 from base.errors import BadSample, UserError
 from dataset.sources.shard_columns import plain_name, split_columns
 from dataset.sources.shard_index import ShardIndex
-from dataset.sources.shard_list import list_shards
+from dataset.sources.shard_list import check_one_split, find_shards, list_shards
 from dataset.sources.shards import read_shard, shard_sources
 from dataset.sources.tfrecord import encode_example, write_records
 from dataset.tasks.classification import LabelOptions, Labels, is_shards
@@ -126,11 +126,42 @@ def test_training_and_evaluation_read_the_same(folder):
     assert index.image(0) == encoded("blue", "WEBP")
 
 
-def test_features_of_tfrecords(tmp_path):
-    features = {"photo": [encoded("blue", "PNG")], "title": [b"one"], "txt": [b"other"]}
+@pytest.mark.parametrize(
+    "image, caption", [("photo", "title"), ("image/encoded", "captions/text"), ("photo", "a.txt")]
+)
+def test_features_of_tfrecords(image, caption, tmp_path):
+    features = {image: [encoded("blue", "PNG")], caption: [b"one"], "txt": [b"other"]}
     write_records(tmp_path / "0.tfrecord", [encode_example(features)])
-    (record,) = read_shard(f"{tmp_path}/0.tfrecord?image=photo&caption=title")
-    assert captions_of(record) == "one" and image_of(record).shape == (3, 4, 4)
+    address = f"{tmp_path}/0.tfrecord?image={image}&caption={caption}"
+    (record,) = read_shard(address)
+    (of_index,) = ShardIndex([address])
+    assert captions_of(record) == captions_of(of_index) == "one"
+    assert image_of(record).shape == image_of(of_index).shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("names", "example"),
+    [
+        (
+            ["i-train.tfrecord-00000-of-00002", "i-validation.tfrecord-00000-of-00001"],
+            "'{}/i-train*'",
+        ),
+        (["cc3m_train/0.tar", "cc3m_valid/0.tar"], "{}/cc3m_train"),
+    ],
+)
+def test_a_folder_of_several_splits_is_not_one(names, example, tmp_path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for read in (find_shards, lambda folder: ShardIndex(list_shards(folder), folder)):
+        with pytest.raises(UserError, match="of several splits, train, vali") as error:
+            read(str(tmp_path))
+    named = example.format(tmp_path)
+    assert str(error.value).endswith(f"; name one: {named}")
+    assert list_shards(named.strip("'")) == [f"{tmp_path}/{names[0]}"] and is_shards(
+        named.strip("'")
+    )
+    check_one_split(f"{tmp_path}/*", names)  # whoever names a pattern has chosen
 
 
 @pytest.mark.parametrize(

@@ -117,9 +117,13 @@ def write_merges(path: Path, texts: Iterable[str], merges: int = 500) -> None:
 
 
 def write_pieces(path: Path, texts: Iterable[str], size: int = 640) -> None:
-    """A SentencePiece model in LLaMA's manner, of the texts and the prompts of recognition."""
+    """A SentencePiece model in LLaMA's manner, of the texts and the prompts of recognition. It has a
+    piece for the comma, which ends a label, also where every image has one label alone."""
     from dataset.text.sentencepiece import train_pieces
 
+    texts = list(texts)
+    if not any("," in text for text in texts):
+        texts = [f"{text}," for text in texts]
     path.parent.mkdir(parents=True, exist_ok=True)
     train_pieces(
         [*sorted(texts), *LABEL_PROMPTS * 20, *CAPTION_PROMPTS * 20], size, path.write_bytes

@@ -67,7 +67,7 @@ def labels(config: Config) -> Iterator[str]:
     for address in config.data:
         for record in label_records(address):
             yield ", ".join(names_of(record))
-    yield from texts_of_shards(config, names_of)
+    yield from texts_of_shards(config, lambda record: ", ".join(names_of(record)))
 
 
 def texts_of_shards(config: Config, texts_in) -> Iterator[str]:

@@ -24,6 +24,7 @@ from runtime import own_tokenizers
 from runtime.config.cli import parse
 from runtime.own_tokenizers import TRAINED, train_tokenizers_if_asked
 from scripts import train_dvae
+from scripts.data import train_vocabulary
 from tests.helpers.processes import ROOT, alive, run_command
 
 CAPTIONS = ["a red square", "ein grünes Quadrat", "一只猫 on a mat", "a blue square on the left"]
@@ -150,6 +151,18 @@ def test_pieces_of_labels_and_merges_of_captions(pairs, tmp_path, forked):
     whole = ClipTokenizer(config.bpe_path).encode("square")
     assert len(whole) == 1
     assert config.tokenizer == "bert-base-uncased"
+
+
+@pytest.mark.parametrize("nouns", [["dog", "living room"], ["dog"]])
+def test_labels_of_shards_are_learnt_with_the_comma_that_ends_them(nouns, tmp_path, forked):
+    samples = [(f"{n}", {"jpg": b"x", "nouns": ",".join(nouns).encode()}) for n in range(40)]
+    write_shard(tmp_path / "0.tar", samples)
+    config = LabelOptions(tmp_path / "run", [], shards=[str(tmp_path / "0.tar")])
+    train_tokenizers_if_asked(config)
+    tokenizer = PieceTokenizer(config.tokenizer)  # which refuses one without
+    assert tokenizer.encode("dog,")[-1] == tokenizer.delimiter
+    learnt = train_vocabulary.labels(train_vocabulary.Config(shards=config.shards, target=tmp_path))
+    assert list(learnt) == 40 * [", ".join(nouns)]
 
 
 def test_nothing_to_learn_from_is_one_sentence(tmp_path, monkeypatch):

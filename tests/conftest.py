@@ -61,6 +61,11 @@ LONG = (
     "contract/test_elastic.py",
     "contract/test_classification_processes.py",
     "unit/test_dvae.py",
+    "unit/test_vit_facts.py",
+    "unit/test_run.py",
+    "unit/test_published.py",
+    "unit/test_opening.py",
+    "unit/test_tar.py",
     "script/test_classification_script.py",
     "contract/test_downstream_torchrun.py",
 )

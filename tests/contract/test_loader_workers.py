@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -25,33 +26,28 @@ class ProcessIds(Dataset):
         return os.getpid()
 
 
-def load(method: str, batches: int, found: Path) -> None:
-    """Take batches and write down the worker's process id."""
+def load(method: str, first: Path, second: Path) -> None:
+    """Take batches of two workers, one after the other, and write down their process ids."""
     multiprocessing.set_start_method(method, force=True)
-    loader = DataLoader(ProcessIds(), batch_size=4, num_workers=1, worker_init_fn=worker_init)
-    for number, batch in enumerate(loader, start=1):
-        found.write_text(str(batch[0].item()))
-        if number == batches:
-            break
+    for batches, found in ((20, first), (10**9, second)):
+        loader = DataLoader(ProcessIds(), batch_size=4, num_workers=1, worker_init_fn=worker_init)
+        for batch in islice(loader, batches):
+            found.write_text(str(batch[0].item()))
+        del loader
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_worker_loads(method, tmp_path):
-    process = fresh_processes().Process(target=load, args=(method, 20, tmp_path / "pid"))
+def test_a_worker_loads_and_ends_with_its_loader_or_a_kill_of_its_parent(method, tmp_path):
+    """In one test: a server of processes imports PyTorch."""
+    files = tmp_path / "first", tmp_path / "second"
+    process = fresh_processes().Process(target=load, args=(method, *files))
     process.start()
-    process.join(120)
-    assert process.exitcode == 0
-    assert int((tmp_path / "pid").read_text()) != process.pid
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_worker_ends_after_a_kill_of_its_parent(method, tmp_path):
-    process = fresh_processes().Process(target=load, args=(method, 10**9, tmp_path / "pid"))
-    process.start()
-    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
-    worker = int((tmp_path / "pid").read_text())
+    wait_until(lambda: files[1].exists() and files[1].read_text())
+    first, second = (int(file.read_text()) for file in files)
+    assert len({process.pid, first, second}) == 3
+    assert not Path(f"/proc/{first}").exists()
     os.kill(process.pid, signal.SIGKILL)
-    wait_until(lambda: not Path(f"/proc/{worker}").exists())
+    wait_until(lambda: not Path(f"/proc/{second}").exists())
 
 
 def wait_until(holds, seconds: float = 60) -> None:

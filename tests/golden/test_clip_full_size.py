@@ -9,7 +9,7 @@ from tests.golden.report import compare, same
 from tests.golden.test_clip_openai import recipe_tensor_plain
 from tests.helpers.golden import golden_json, golden_tensors, recorded
 
-EVERYDAY = 150_000_000  # parameters; larger networks are left to -m slow
+EVERYDAY = 100_000_000  # parameters; larger networks are left to -m slow
 SHAPE = (2, 3, 224, 224)  # of the recorded images
 
 

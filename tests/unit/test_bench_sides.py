@@ -65,6 +65,8 @@ def in_this_process(monkeypatch):
 
 
 SLOW = {("startup", "")}  # starts three sets of loader workers
+# two networks and more a side; vit has as many sides, and ALBEF's is the same script
+SLOW |= {("pretrain", "system=simla"), ("dual", ""), ("align", ""), ("views", "")}
 CASES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in RUNS]
 
 

@@ -169,7 +169,7 @@ def test_networks_that_do_not_fit(monkeypatch):
     wide.vision_width, wide.vision_depth, wide.vision_heads = 768, 12, 12
     wide.bert_config, wide.queue_size = "configs/shared_bert.json", 65536
     retrieval_config(wide, 30522)
-    for name, value in (("vision_width", 96_000), ("vision_depth", 1000), ("queue_size", 1 << 24)):
+    for name, value in (("vision_width", 96_000), ("vision_depth", 200), ("queue_size", 1 << 24)):
         before = getattr(wide, name)
         setattr(wide, name, value)
         with pytest.raises(UserError, match=r"vision transformer, BERT and queues: .* GiB"):

@@ -11,12 +11,8 @@ from typing import Any
 from base.errors import UserError, brief
 from base.names import matching_files, nearest
 from base.text import as_list
-from runtime.config.old_commands import (
-    foreign_hint,
-    recipe_of,
-    recipe_of_flags,
-    recipe_of_nxtp,
-)
+from runtime.config.foreign_files import foreign_hint
+from runtime.config.old_commands import recipe_of, recipe_of_flags, recipe_of_nxtp
 from runtime.config.schema import Schema
 from runtime.config.values import Option, show
 from runtime.config.yaml import line_of, parse_yaml, read_yaml

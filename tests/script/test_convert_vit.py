@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from base.errors import UserError
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from runtime.checkpoint import export_safetensors
 from scripts.weights import convert
+from scripts.weights.tf_checkpoint import read_checkpoint
 from tests.helpers.exported import save_run
 from tests.helpers.golden import golden_file
 from tests.helpers.tensorflow_vit import to_tensorflow
@@ -29,6 +31,51 @@ def test_from_tensorflow(tmp_path):
 
 VALUES = {f"backbone/{name}": torch.arange(6.0).view(2, 3) for name in ("class_emb", "pos_emb")}
 QUERY = "backbone/enc_layers/0/att/{}_dense/kernel"
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def of_two(prefix):
+    data = prefix.with_name(f"{prefix.name}.data-00000-of-00001")
+    data.rename(prefix.with_name(f"{prefix.name}.data-00000-of-00002"))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("data-00000-of-00001", lambda content: flipped(content, 3), "checksum of backbone/"),
+        ("data-00000-of-00001", lambda content: content[:-1], "a data file is cut off"),
+        ("index", lambda content: flipped(content, 3), "the checksum of a block is wrong"),
+        # behind the end of the first block, the number of whose restarts is its last
+        ("index", lambda c: flipped(c, c.index(b"\0\0\0\0\1\0\0\0") + 8), "a compressed table"),
+        ("index", lambda content: content[:-8] + bytes(8), "no magic number"),
+        (None, of_two, "1 data files lie beside the index; fetch all of them"),
+    ],
+)
+def test_a_damaged_checkpoint_of_tensorflow_is_not_read(file, change, message, tmp_path):
+    write_bundle(tmp_path / "step", VALUES)
+    if file is None:
+        change(tmp_path / "step")
+    else:
+        path = tmp_path / f"step.{file}"
+        path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(UserError, match=message):
+        read_checkpoint(tmp_path / "step")
+
+
+def test_the_moving_average_goes_before_the_weights(tmp_path):
+    slot = "backbone/pos_emb/.OPTIMIZER_SLOT/optimizer/"
+    averaged = torch.full((2, 3), 7.0)
+    more = {f"{slot}average": averaged, f"{slot}m": torch.zeros(2, 3)}
+    write_bundle(tmp_path / "step", VALUES | more)
+    assert read_checkpoint(tmp_path / "step").keys() == VALUES.keys()
+    kept = read_checkpoint(tmp_path / "step.index", slot="average")
+    assert kept.keys() == {*VALUES, f"{slot}average"}
+    written = tmp_path / "vit.safetensors"
+    assert convert.main(["coyo-vit-from-tf", str(tmp_path / "step"), str(written)]) == 0
+    assert torch.equal(load_file(written)["pos_embed"], averaged)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """scripts/demo.py opens checkpoints of every kind, and what they can do agrees with the networks."""
 
 import json
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from PIL import Image
 import Retrieval
 import VE
 from base import distributed
+from base.distributed import ALONE
 from base.errors import UserError
 from dataset.images.albef import TestTransform
 from dataset.images.decode import decode_image
@@ -149,6 +152,7 @@ def test_mistakes_are_named_before_anything_is_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "find_spec", lambda name: True)
     with pytest.raises(UserError, match="give --checkpoint"):
         script.check(script.Config())
+    script.check(script.Config(model="open_clip/ViT-B-32"))
     with pytest.raises(UserError, match="no such folder"):
         script.check(script.Config(checkpoint=[tmp_path], images=tmp_path / "nowhere"))
     with pytest.raises(UserError, match="one checkpoint at most"):
@@ -160,6 +164,24 @@ def test_mistakes_are_named_before_anything_is_loaded(monkeypatch, tmp_path):
         torch.save({name: torch.zeros(2)}, file)
         with pytest.raises(UserError, match=f"^--checkpoint {file}: "):
             opened("--checkpoint", file)
+
+
+def test_images_alone_are_indexed_turned_and_in_the_named_cache(tmp_path, monkeypatch):
+    class Nothing(list):
+        kept = 0
+        unreadable: ClassVar = {}
+
+    given = {}
+    monkeypatch.setattr(script, "build_index", lambda **more: given.update(more) or Nothing())
+    for name in ("a.jpg", "a.txt", "deep/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    config = script.Config(images=tmp_path, cache=tmp_path / "kept", batch_size=5)
+    script.index_folder(SimpleNamespace(embedder="it"), config, ALONE)
+    assert given["files"] == [tmp_path / "a.jpg", tmp_path / "deep/b.png"]
+    assert given["read"].keywords == {"exif": True} and given["batch_size"] == 5
+    assert given["cache"] == tmp_path / "kept/demo" and given["embedder"] == "it"
+    assert script.index_folder(SimpleNamespace(embedder=None), config, ALONE) is None
 
 
 def test_folder_is_indexed_once(digitscenes, tmp_path, capsys):

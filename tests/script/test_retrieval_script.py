@@ -264,10 +264,10 @@ def test_report_of_what_is_no_retrieval_is_one_sentence(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     (result / "config.yaml").write_text(json.dumps(saved))
 
-    def said(metrics: dict) -> str:
+    def said(metrics: dict, *more: str) -> str:
         (result / "metrics.json").write_text(json.dumps(metrics))
         with pytest.raises(UserError) as caught:
-            report.main(parse(report.Config, ["--retrieval_dir", str(tmp_path)]))
+            report.main(parse(report.Config, ["--retrieval_dir", str(tmp_path), *more]))
         return str(caught.value)
 
     assert "no scores of a test_file by Retrieval.py" in said({"test": {"accuracy": 3}})
@@ -279,6 +279,9 @@ def test_report_of_what_is_no_retrieval_is_one_sentence(tmp_path):
     both = [Ranking(torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1), 3) for _ in range(2)]
     save_rankings(file, *both)
     assert "of another list than" in said(scores)
+    (tmp_path / "list.json").rename(tmp_path / "retrieval_test.json")
+    there = f"of another list than {tmp_path}/retrieval_test.json"
+    assert there in said(scores, "--data", str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from base.errors import UserError
 from evaluation.report.runs import curves, find_runs, points, read_log, runs_page, write_index
+from scripts import compare
 
 
 def make_run(folder: Path, lr: float, losses: list[float], metrics: dict | None = None) -> None:
@@ -47,6 +49,19 @@ def test_runs_evaluations_and_what_they_left(root):
     assert points(trained, "loss") == [(10, 3.0), (20, 2.0), (30, 1.5)]
     assert points(trained, "val_accuracy") == [(30, 50.1)]
     assert points(trained, "val_note") == []
+
+
+def test_several_folders_and_a_page_elsewhere(root, tmp_path, capsys):
+    shutil.copytree(root / "deep", tmp_path / "more/d")
+    page = tmp_path / "pages/comparison.html"
+    compare.main(compare.Config([root, tmp_path / "more"], page=page))
+    assert capsys.readouterr().out == f"4 runs compared: {page}\n"
+    assert 'href="../out/a%20%26%20b/result/report.html"' in page.read_text()
+    assert not (root / "index.html").exists()
+    compare.main(compare.Config([tmp_path / "more", root]))
+    assert (tmp_path / "more/index.html").is_file()
+    with pytest.raises(UserError, match=r"none: no such folder; name the output_dir of a run"):
+        compare.main(compare.Config([root, tmp_path / "none"]))
 
 
 def test_page_links_draws_and_compares(root):

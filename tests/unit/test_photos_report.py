@@ -1,6 +1,7 @@
 """The page of scripts/photos.sh: scores, their mean and std over folds, and what was retrieved."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,6 +156,14 @@ def test_embeddings_of_other_images_are_refused(stamps, tmp_path):
 def test_maps_are_of_words():
     words = ["a", "school", "”", "-", "crossing", "2"]
     assert [word for word in words if fusion_report.is_telling(word)] == ["school", "crossing", "2"]
+
+
+@pytest.mark.parametrize("layer", [2, 5])
+def test_a_layer_that_does_not_tell_words_apart_is_refused(layer):
+    bert = SimpleNamespace(num_hidden_layers=6, fusion_layer=3)
+    model = SimpleNamespace(config=SimpleNamespace(bert=bert))
+    with pytest.raises(UserError, match=rf"layer: {layer} does not .* choose 3\.\.4"):
+        fusion_report.attention_section(model, None, None, None, fusion_report.Config(layer=layer))
 
 
 def test_minutes_of_training_in_a_log(tmp_path):

@@ -458,7 +458,7 @@ def test_a_text_tower_has_its_own_sizes_or_assumed_ones(tmp_path):
         sizes = transformers.AutoConfig.from_pretrained(network.text_tower.removeprefix("hf/"))
     assert (sizes.hidden_size, sizes.vocab_size) == (384, network.vocab_size) == (384, 30522)
     assert (sizes.num_attention_heads, sizes.intermediate_size) == (6, 1536)
-    assert bert_of_width(100).num_attention_heads == 1, "of 100 channels, not 64"
+    assert bert_of_width(160).num_attention_heads == 1, "of 160 channels, not 64"
     with (
         pytest.raises(UserError, match="write hf/NAME"),
         sized_text_tower(DualConfig(text_tower="timm/vit")),
@@ -495,7 +495,7 @@ def test_search_fills_the_card(card, monkeypatch):
     def simulated(script, config, gpus):
         size, saving = config.batch_size, config.activation_checkpointing
         peak = 5e8 + size * (1e6 if saving else 4e6) * (1 + size / 1e6)
-        trace = Trace([COPY], [Group("forward", size * 10**6)], peak=int(peak))
+        trace = Trace([COPY], [Group("forward", size * (1 + saving) * 10**6)], peak=int(peak))
         return SimpleNamespace(trace=trace, config=config)
 
     def config(script, recipe):
@@ -509,11 +509,11 @@ def test_search_fills_the_card(card, monkeypatch):
     assert [candidate.checkpointing for candidate in found] == [False, True]
     assert all(0.85 * card < candidate.memory <= 0.9 * card for candidate in found)
     for candidate in found:
-        one = simulated(None, SimpleNamespace(batch_size=1, activation_checkpointing=False), 1)
-        one.trace.groups[:] = [Group("forward", candidate.batch_size * 10**6)]
+        choice = {"activation_checkpointing": candidate.checkpointing}
+        one = simulated(None, SimpleNamespace(batch_size=candidate.batch_size, **choice), 1)
         bound = b.bounds(one.trace, H100, "bf16", 1, 50e9)
         assert (candidate.eager, candidate.compiled) == (bound.eager, bound.compiled)
-    fastest = max(found, key=lambda one: one.batch_size / one.compiled)
+    fastest = found[0]  # without computing anything twice
     assert results.best() == fastest and results.figures()["best"] == vars(fastest)
     assert f"{fastest.batch_size} samples a GPU and micro-batch" in results.text()
     two = search.search(None, [], replace(request, gpus=2)).candidates

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from base.errors import UserError
+from base.errors import UnfitWeights
 
 
 def resize_positions(positions: Tensor, grid: int, align_corners: bool = False) -> Tensor:
@@ -14,12 +14,12 @@ def resize_positions(positions: Tensor, grid: int, align_corners: bool = False) 
     DeiT, ALBEF and CLIP do. align_corners: bilinear between the corner patches, which is scipy's
     `zoom` of order 1, with which COYO-ViT goes from 224 to 384 px.
 
-    Raises UserError where the patches are no square.
+    Raises UnfitWeights where the patches are no square.
     """
     patches = positions.shape[1] - 1
     old = round(max(patches, 0) ** 0.5)
     if patches < 1 or old * old != patches:
-        raise UserError(
+        raise UnfitWeights(
             f"position embeddings of {positions.shape[1]} tokens are no class token and a square "
             "of patches; only those can be resized to another image size"
         )

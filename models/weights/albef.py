@@ -24,7 +24,14 @@ from base.names import some
 from base.reading import read_json
 from base.torch_files import find_index, read_index, read_tensors
 from models.layers.positions import resize_positions
-from models.weights.loading import Differences, State, count, load_checkpoint, matches
+from models.weights.loading import (
+    Differences,
+    State,
+    check_temperature,
+    count,
+    load_checkpoint,
+    matches,
+)
 from models.weights.stated import check_stated
 
 LAYER = re.compile(r"(.*encoder\.layer\.)(\d+)(\..*)")
@@ -267,6 +274,8 @@ def start_from(
     target = model.state_dict()
     start = STARTS[task]
     adapted = adapt(state, target, task)
+    if "temp" in target and "temp" in adapted:
+        check_temperature("temp", adapted["temp"])
     if fill_momentum:
         adapted.update(momentum_from_online(adapted, target))
     missing = [*MOMENTUM, *QUEUES]

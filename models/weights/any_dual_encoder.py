@@ -46,7 +46,7 @@ from models.weights.clip import (
     stated_activation,
     text_at_root,
 )
-from models.weights.loading import State, count, from_saved, load_checkpoint
+from models.weights.loading import State, check_temperature, count, from_saved, load_checkpoint
 from models.weights.stated import (
     OPEN_CLIP_FOLDER,
     OPEN_FOLDER,
@@ -142,6 +142,7 @@ def logit_scale(model: nn.Module) -> float:
         if hasattr(owner, "logit_scale"):
             return owner.logit_scale.exp().item()
         if hasattr(owner, "temperature"):
+            check_temperature("temperature", owner.temperature)
             return 1 / owner.temperature.item()
     return 100.0
 

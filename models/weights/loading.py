@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from base.errors import UnfitWeights, UserError
+from base.errors import UnfitWeights, UserError, brief
 from base.names import some
 
 State = Mapping[str, Tensor]
@@ -57,6 +57,12 @@ class Differences(NamedTuple):
         return "\n".join(
             f"  {len(keys)} {what}: {some(keys)}" for what, keys in parts.items() if keys
         )
+
+
+def check_temperature(name: str, value: Tensor) -> None:
+    """UnfitWeights for a temperature that nothing can be divided by, as in a file of zeros."""
+    if not (value > 0).all():
+        raise UnfitWeights(f"{name}, the temperature, is {brief(value.tolist())}; fetch it again")
 
 
 def compare_state(expected: State, given: State) -> Differences:

@@ -2,16 +2,18 @@
 partial."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from base.errors import UserError
+from base.errors import UnfitWeights, UserError
 from models.layers.vit import ViT, ViTConfig
 from models.layers.xbert import BertConfig, XBert, XBertLM
 from models.weights import albef as adapters
 from models.weights.albef import adapt, bert_weights, checkpoint_kind, load_bert, start_from
+from models.weights.any_dual_encoder import logit_scale
 from models.weights.loading import load_checkpoint
 
 BERT = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
@@ -45,7 +47,7 @@ class Retrieval(nn.Module):
 
     def __init__(self, size: int = 16, queue: int = 6, momentum: bool = True):
         super().__init__()
-        self.temp = nn.Parameter(torch.tensor(0.0))
+        self.temp = nn.Parameter(torch.tensor(0.05))
         self.register_buffer("image_queue", torch.zeros(4, queue))
         self.register_buffer("idx_queue", torch.full((1, queue), -100))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
@@ -108,6 +110,15 @@ def test_pretrained_weights_reach_the_retrieval_model():
     assert torch.equal(target.visual_encoder.pos_embed[:, 0], source.visual_encoder.pos_embed[:, 0])
     assert torch.equal(target.image_queue, source.image_queue) and target.queue_ptr.item() == 1
     assert left_out.missing == ["idx_queue"] and "mim_head.weight" in left_out.unexpected
+
+
+def test_a_file_of_zeros_has_no_temperature():
+    zeros = {name: torch.zeros_like(value) for name, value in Pretrain().state_dict().items()}
+    with pytest.raises(UnfitWeights, match=r"temp, the temperature, is 0\.0"):
+        start_from(Retrieval(), zeros, "retrieval")
+    align = SimpleNamespace(temperature=torch.tensor(0.0))
+    with pytest.raises(UnfitWeights, match=r"temperature, the temperature, is 0\.0"):
+        logit_scale(align)
 
 
 def test_queues_of_another_size_start_anew_together():

@@ -7,10 +7,18 @@ from pathlib import Path
 
 from base.errors import MissingData, UserError, brief
 from base.image_names import check_fetched, existing
-from base.reading import first_letter, is_file, read_json, read_lines
+from base.reading import (
+    first_letter,
+    is_file,
+    parse_first_entry,
+    read_json,
+    read_lines,
+    read_start,
+)
 from base.text import as_list
 from base.zip_member import archive_of
 from dataset.sources.json_entries import TOKEN_LINE, TOKENS
+from dataset.sources.published_lists import HEAD
 from dataset.sources.records import Records
 from dataset.sources.tables import parse_address
 from dataset.tasks.captions import coco_rows, karpathy_entries
@@ -33,7 +41,7 @@ def retrieval_list(entry: Entry) -> tuple[list[Path], list[list[str]]]:
             "name another with --datasets retrieval:FILE"
         )
     ending = file.suffix.lower()
-    if ending == ".json" and first_letter(file) == b"{":
+    if ending == ".json" and first_letter(file) == b"{" and not has_lines(file):
         rows = _rows_of_object(file, entry.split)
     elif ending == ".txt" and first_letter(file) not in b"[{":
         rows = list(_flickr_rows(file))
@@ -43,6 +51,15 @@ def retrieval_list(entry: Entry) -> tuple[list[Path], list[list[str]]]:
     root = _image_root(entry, file, [image for image, _ in rows[:20]])
     found = by_image(rows, root)
     return [root / image for image in found], list(found.values())
+
+
+def has_lines(file: Path) -> bool:
+    """Whether a JSON file that begins with an object has one a line, as Hugging Face writes them."""
+    first, _, rest = read_start(file, HEAD).lstrip().partition(b"\n")
+    try:
+        return bool(rest.strip()) and isinstance(parse_first_entry(first), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _image_root(entry: Entry, file: Path, first: Sequence[str]) -> Path:

@@ -612,11 +612,12 @@ LISTS = {
     "pairs.jsonl": '{"image": "a.jpg", "caption": ["x", null]}\n{"image": "a.jpg", "caption": "y"}\n',
     "pairs.csv": "image,caption\na.jpg,x\na.jpg,y\n",
 }
+LISTS["lines/pairs.json"] = LISTS["pairs.jsonl"]  # what Hugging Face calls lines
 
 
 @pytest.mark.parametrize("name", LISTS)
 def test_retrieval_is_scored_on_every_list_that_trains(tmp_path, name):
-    images_in(tmp_path, ["a.jpg"])
+    images_in((tmp_path / name).parent, ["a.jpg"])
     (tmp_path / name).write_text(LISTS[name])
     assert len(Records(tmp_path / name)) == 2
     (entry,) = choose([f"retrieval:{tmp_path / name}"], {})

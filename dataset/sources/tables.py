@@ -93,9 +93,8 @@ class Columns(NamedTuple):
         texts: list[object] = []
         weights: list[float] = []
         for name, weight in zip(self.names, self.weights, strict=True):
-            value = _listed(row[name])
-            found = [each for each in value if each] if isinstance(value, list) else [value]
-            if value:
+            found = [text for text in as_list(_listed(row[name])) if text]
+            if found:
                 texts += found
                 weights += [weight / len(found)] * len(found)
         return texts, weights

@@ -500,17 +500,20 @@ def test_parquet_under_another_name_is_named(tmp_path):
 # ---- weights of captions
 def test_columns_with_weights_give_a_weight_for_every_caption(tmp_path):
     rows = [("a.jpg", "one", '["two", "three"]'), ("b.jpg", "", "four"), ("c.jpg", "five", "six")]
+    rows.append(("d.jpg", '[""]', "seven"))  # a list of which nothing is left
     table = write_table(tmp_path / "t.csv", ("image", "alt", "synthetic"), rows)
     records = Records(f"{table}?caption=alt:0.3,synthetic:0.7")
     assert [record["caption"] for record in records] == [
         ["one", "two", "three"],
         ["four"],
         ["five", "six"],
+        ["seven"],
     ]
     assert [record["caption_weights"] for record in records] == [
         [0.3, 0.35, 0.35],
         [0.7],
         [0.3, 0.7],
+        [0.7],
     ]
 
 

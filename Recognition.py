@@ -179,9 +179,9 @@ def train_step(model, statistics, next_batch, config: Config, precision) -> dict
     total = {}
     batches = with_counts([next_batch() for _ in range(config.accumulate)])
     for micro, batch in enumerate(batches):
-        batch["image"] = normalize(batch["image"], statistics)
+        image = normalize(batch.pop("image"), statistics)
         with gradient_sync(model, last=micro == config.accumulate - 1), precision.autocast():
-            losses = model(**batch)
+            losses = model(image, **batch)
             loss = losses["loss_objs"]
             if config.caption_weight:
                 loss = loss + config.caption_weight * losses["loss_caps"]

@@ -142,16 +142,10 @@ class Simla(ImageTextModel):
             masked, mlm_positions, mlm_labels, teacher.mlm_logits, alpha, mlm_count
         )
         if self.config.mim:
+            seen = (patches, stage)
             seen_m = (patches_m, stage if self.compat.student_states else teacher.stage)
             losses["loss_mim"] = self.mim(
-                (patches, stage),
-                seen_m,
-                patch_mask,
-                mim_positions,
-                visual_codes,
-                text_mask,
-                alpha,
-                mim_count,
+                seen, seen_m, patch_mask, mim_positions, visual_codes, text_mask, alpha, mim_count
             )
         if self.config.keywords:
             losses["loss_pseudo"] = self.pseudo_label(student, teacher, text_ids, text_mask, alpha)

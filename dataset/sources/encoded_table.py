@@ -20,6 +20,7 @@ from dataset.sources.tables import (
     parquet_files,
     parse_address,
     plain,
+    plain_field,
     reading_arrow,
     rows_at_a_time,
 )
@@ -128,7 +129,7 @@ class EncodedTable(Sequence):
         entry = {name: plain(value) for name, value in row.items() if name not in taken}
         for field, given in self.used.items():
             value, weights = given.read(row)
-            entry[field] = value if field == "image" else plain(value)
+            entry[field] = value if field == "image" else plain_field(value, field)
             if weights:
                 entry[f"{field}_weights"] = weights
         image = entry["image"]

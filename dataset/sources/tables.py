@@ -524,15 +524,20 @@ def plain(value: object) -> object:
     return lenient_text(value) if isinstance(value, bytes) else str(value)
 
 
-def _checked(value: object, field: str, where: str) -> object:
-    """A field's value; images must be paths, and several labels are parted by commas. BadSample,
-    or UserError where a table of this kind has no paths."""
+def plain_field(value: object, field: str) -> object:
+    """A field's value that JSON can hold; several labels in one text are parted by commas."""
     if field == "labels" and isinstance(value, str):
         return [name.strip() for name in value.split(",") if name.strip()]
+    return plain(value)
+
+
+def _checked(value: object, field: str, where: str) -> object:
+    """A field's value; images must be paths. BadSample, or UserError where a table of this kind has
+    no paths."""
     if field == "label" and value == "":  # as null in JSON
         raise BadSample(f"{where}: no label; fix or remove the row")
     if field != "image":
-        return plain(value)
+        return plain_field(value, field)
     if isinstance(value, dict):  # datasets' images: {bytes, path}
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):

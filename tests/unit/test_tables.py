@@ -437,7 +437,7 @@ def test_a_file_with_a_question_mark_in_its_name_is_itself(tmp_path):
         Records(tmp_path / "gone.csv")
 
 
-def test_labels_of_a_table(tmp_path):
+def test_labels_of_a_table(tmp_path, cache):
     from dataset.tasks.classification import LabelOptions, Labels, open_records
     from dataset.tasks.recognition import label_records
 
@@ -450,6 +450,9 @@ def test_labels_of_a_table(tmp_path):
     ]
     table = write_table(tmp_path / "n.tsv", ("image", "labels"), [("a.jpg", "hot dog, cat")], "\t")
     assert label_records(table)[0]["labels"] == ["hot dog", "cat"]
+    encoded = {"image": [of_colour((1, 9, 9))], "labels": ["hot dog, cat"]}
+    parquet.write_table(pyarrow.table(encoded), tmp_path / "encoded.parquet")
+    assert label_records(tmp_path / "encoded.parquet")[0]["labels"] == ["hot dog", "cat"]
 
 
 def test_spreadsheets_write_utf_16(tmp_path):

@@ -276,7 +276,7 @@ def write_part(name: str, found: dict, config: Config, key: str) -> None:
     written = [config.out / "metadata" / f"metadata_{name}.parquet"]
     for kind, folder in (("image", "img_emb"), ("text", "text_emb")):
         if kind in found:
-            numbers = found[kind].numpy().astype(np.float16 if config.half else np.float32)
+            numbers = found[kind].to(torch.float16 if config.half else torch.float32).numpy()
             if config.half and np.isinf(numbers).any():
                 raise UserError(
                     f"part {name}: {kind} embeddings have numbers that float16 does not hold; "

@@ -98,7 +98,7 @@ def test_trajectory(name):
             model.clamp_scales()
             logged = {key: float(value.detach()) for key, value in losses.items()}
             logged["loss"] /= every
-            logged["logit_scale"] = float(model.logit_scale.exp())
+            logged["logit_scale"] = float(model.logit_scale.detach().exp())
             seen[-1].append(logged)
     same(f"train_{name}", "micro-batches", len(run["per_micro_batch"]), run["micro_batches"])
     same(f"train_{name}", "updates", updates, run["optimizer_steps"])

@@ -177,6 +177,7 @@ def test_mistakes_of_evaluation(digitscenes, pretrained, tmp_path):
         train(fine_tuning(digitscenes, tmp_path / "run", val_data=tmp_path / "val"))
 
 
+@pytest.mark.filterwarnings("ignore:.*the best weight decay")
 def test_knn_of_a_classifier(digitscenes, pretrained, tmp_path):
     first = neighbours(digitscenes, tmp_path / "knn", checkpoint=pretrained)
     assert first["images"] == 24 and first["width"] == 32 and first["train_images"] == 64 // 2

@@ -221,6 +221,7 @@ def test_samples_of_a_shard_without_an_image_are_within_the_budget(checkpoint, i
         run("--data", tmp_path / "none.tar", *words[2:], "--error_budget", 1)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_numbers_beyond_float16_are_refused(tmp_path):
     found = {"image": torch.full((1, 2), 7e4), "metadata": {"key": ["0"]}}
     half, whole = (

@@ -271,6 +271,7 @@ def test_no_warning_on_the_plain_path(tmp_path):
         assert load_latest(folder)[0]["step"] == 3
 
 
+@pytest.mark.filterwarnings("ignore:CHECKPOINT DAMAGED")
 @pytest.mark.parametrize("damaged", ["best", "newest", "both"])
 def test_a_folder_with_damaged_checkpoints_gives_the_weights_of_an_intact_one(tmp_path, damaged):
     folder = CheckpointFolder(tmp_path, keep=3)

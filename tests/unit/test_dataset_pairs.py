@@ -171,6 +171,7 @@ def codes_of(folder, entries, tokenizer=None, side=32, exif=False) -> np.ndarray
     return CodeCache(path, len(records)).codes.copy()
 
 
+@pytest.mark.filterwarnings("ignore:.*made of other annotations")
 def test_codes_are_of_the_image_as_the_training_turns_it(tmp_path):
     """Else the labels of patches would be those of the image on its side."""
     half = np.zeros((64, 64, 3), np.uint8)

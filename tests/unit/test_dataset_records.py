@@ -153,6 +153,7 @@ def test_an_entry_without_a_caption_of_very_many_is_left_out_and_said(tmp_path, 
         Records(write(tmp_path, text(entries)))
 
 
+@pytest.mark.filterwarnings("ignore:.*1 of 5 entries")
 def test_one_odd_entry_does_not_condemn_a_file(tmp_path):
     entries = [
         {"image": "a.jpg", "caption": ["x"]},

@@ -78,6 +78,7 @@ def test_tokens(tokenizer):
     assert copy.encode("red ball") == tokenizer.encode("red ball")
 
 
+@pytest.mark.filterwarnings("ignore:.*its last line has no end")
 def test_tokenizer_sources(tokenizer, tmp_path):
     tokenizer.backend.save(str(tmp_path / "tokenizer.json"))
     assert Tokenizer(tmp_path).encode("Red dogs") == tokenizer.encode("Red dogs")

@@ -108,6 +108,7 @@ def test_the_similarity_counts_by_its_weight_in_both_directions():
         torch.testing.assert_close(ours[both], (itm + 2 * itc)[both])
 
 
+@pytest.mark.filterwarnings("ignore:k 100")
 @pytest.mark.parametrize("k", [1, 3, 100])
 @pytest.mark.parametrize("keep_states", [False, True])
 @pytest.mark.parametrize(("image_batch", "pairs"), [(2, 4), (3, 512), (7, 1)])
@@ -159,6 +160,7 @@ def test_recalls_equal_sorting_of_the_matrix():
         assert found["r_mean"] == pytest.approx(sum(means) / 2)
 
 
+@pytest.mark.filterwarnings("ignore:k 1000")
 def test_each_pair_is_computed_once():
     images, captions = toy_data()
     model = ToyModel()

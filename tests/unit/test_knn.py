@@ -176,6 +176,7 @@ def test_the_sweep_finds_the_peak_of_the_grid():
     assert len(SWEEP) == 97 and SWEEP[48] == pytest.approx(0.01)
 
 
+@pytest.mark.filterwarnings("ignore:.*the best weight decay")
 def test_weight_decay_is_chosen_on_validation_images():
     """The value sklearn's logistic regression prefers on the grid's first seven, refined; then
     fitted to all images."""
@@ -192,6 +193,7 @@ def test_weight_decay_is_chosen_on_validation_images():
         assert found[name] == pytest.approx(again[name], abs=1.1)
 
 
+@pytest.mark.filterwarnings("ignore:.*the best weight decay")
 def test_a_fraction_of_the_training_images_is_held_out():
     train, queries = bank(300), bank(100, seed=1)
     part, held_out = split(train, 0.1)

@@ -293,6 +293,7 @@ def test_damaged_checkpoints_cost_nothing_that_is_still_there(kind, tmp_path, ca
     assert find_damage(saved(tmp_path, TOTAL)) is None
 
 
+@pytest.mark.filterwarnings("ignore:.*is of a later step")
 @both_kinds
 def test_a_new_run_does_not_take_the_best_checkpoint_of_an_earlier_one(kind, tmp_path, capsys):
     train(options(tmp_path), scores=[1, 3, 2, 0])
@@ -1021,6 +1022,7 @@ def test_a_file_system_without_locks_is_no_second_run(tmp_path, monkeypatch, cap
     assert "no locks (Function not implemented)" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:.*now .*superseded")
 def test_a_folder_in_a_checkpoints_place_is_set_aside(tmp_path):
     with pytest.raises(SystemExit):
         train(options(tmp_path, max_steps=2))

@@ -47,6 +47,7 @@ def test_comma_tab_and_semicolon_tables_give_the_same_entries(tmp_path):
         assert pairs(Records(table)) == ROWS, name
 
 
+@pytest.mark.filterwarnings("ignore:.*have no caption")
 def test_columns_by_name_and_several_captions(tmp_path):
     rows = [("x", "a.jpg", "one", "two"), ("y", "b.jpg", "three", "")]
     table = write_table(tmp_path / "t.csv", ("id", "where", "first", "second"), rows)
@@ -93,6 +94,7 @@ def test_a_field_does_not_take_the_column_of_another_field(tmp_path):
         Records(table, ("image", "text", "caption"))
 
 
+@pytest.mark.filterwarnings("ignore:.*have no caption")
 def test_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

@@ -75,6 +75,55 @@ def pairs(tmp_path) -> Path:
     return folder
 
 
+@pytest.fixture
+def tool(tmp_path, monkeypatch):
+    """tool(**options): the texts, sorted, and the size that scripts/data/train_vocabulary.py hands to
+    the writer of its kind."""
+    written = {}
+    for kind in ("wordpiece", "merges", "pieces"):
+
+        def write(path, texts, size, kind=kind):
+            written[kind] = (sorted(texts), size)
+            path.mkdir(parents=True)  # fails where anything is left of an interrupted training
+
+        monkeypatch.setattr(vocabulary, f"write_{kind}", write)
+
+    def run(**options):
+        written.clear()
+        train_vocabulary.main(train_vocabulary.Config(target=tmp_path / "made/it", **options))
+        (tmp_path / "made/it").rmdir()
+        return written
+
+    return run
+
+
+def test_the_tool_learns_from_the_texts_that_were_named(tool, tmp_path):
+    rows = [{"image": "a.jpg", "question": "what?", "answer": ["red", "two"], "caption": "A Dog!"}]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    (tmp_path / "names.list").write_text("a.jpg : dog,living room\n")
+    samples = [("0", {"jpg": b"x", "txt": b"one"}), ("1", {"jpg": b"x"}), ("2", {"txt": b"lost"})]
+    samples.append(("3", {"jpg": b"x", "txt": b"two"}))
+    write_shard(tmp_path / "0.tar", samples)
+    data, shards = [str(tmp_path / "q.json")], [str(tmp_path / "0.tar")]
+    (tmp_path / "made/.unfinished_it").mkdir(parents=True)
+    assert tool(data=data, size=300) == {"wordpiece": (["a dog"], 300)}
+    asked = {"text": ["question", "answer"], "kind": "bpe", "size": 400}
+    assert tool(data=data, **asked) == {"merges": (["red", "two", "what?"], 400)}
+    assert tool(data=data, texts=2, **asked) == {"merges": (["red", "what?"], 400)}
+    pieces = {"kind": "sentencepiece", "size": 500}
+    found = tool(data=[str(tmp_path / "names.list")], **pieces)
+    assert found == {"pieces": (["dog, living room"], 500)}
+    found = tool(data=data, shards=shards)
+    assert found == {"wordpiece": (["a dog", "one", "two"], 8000)}
+    with pytest.raises(UserError, match=r"0\.tar: no text .*extract_nouns\.py makes the labels"):
+        tool(shards=shards, kind="sentencepiece")
+    with pytest.raises(UserError, match=r"--data \(or --shards\) is needed"):
+        tool()
+    (tmp_path / "made/it").mkdir()
+    with pytest.raises(UserError, match="is there already; remove it, or name another --target"):
+        tool(data=data)
+
+
 def test_vocabulary_of_captions_is_made_once(pairs, tmp_path):
     config = Options(tmp_path / "run", [str(pairs)])
     train_tokenizers_if_asked(config)

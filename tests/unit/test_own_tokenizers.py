@@ -98,18 +98,19 @@ def tool(tmp_path, monkeypatch):
 
 
 def test_the_tool_learns_from_the_texts_that_were_named(tool, tmp_path):
-    rows = [{"image": "a.jpg", "question": "what?", "answer": ["red", "two"], "caption": "A Dog!"}]
+    rows = [{"image": "a.jpg", "question": "what?", "answer": ["red", "two"]}]
     (tmp_path / "q.json").write_text(json.dumps(rows))
+    (tmp_path / "c.json").write_text(json.dumps([{"image": "a.jpg", "caption": "A Dog!"}]))
     (tmp_path / "names.list").write_text("a.jpg : dog,living room\n")
     samples = [("0", {"jpg": b"x", "txt": b"one"}), ("1", {"jpg": b"x"}), ("2", {"txt": b"lost"})]
     samples.append(("3", {"jpg": b"x", "txt": b"two"}))
     write_shard(tmp_path / "0.tar", samples)
-    data, shards = [str(tmp_path / "q.json")], [str(tmp_path / "0.tar")]
+    data, questions, shards = ([str(tmp_path / name)] for name in ("c.json", "q.json", "0.tar"))
     (tmp_path / "made/.unfinished_it").mkdir(parents=True)
     assert tool(data=data, size=300) == {"wordpiece": (["a dog"], 300)}
     asked = {"text": ["question", "answer"], "kind": "bpe", "size": 400}
-    assert tool(data=data, **asked) == {"merges": (["red", "two", "what?"], 400)}
-    assert tool(data=data, texts=2, **asked) == {"merges": (["red", "what?"], 400)}
+    assert tool(data=questions, **asked) == {"merges": (["red", "two", "what?"], 400)}
+    assert tool(data=questions, texts=2, **asked) == {"merges": (["red", "what?"], 400)}
     pieces = {"kind": "sentencepiece", "size": 500}
     found = tool(data=[str(tmp_path / "names.list")], **pieces)
     assert found == {"pieces": (["dog, living room"], 500)}

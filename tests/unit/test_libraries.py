@@ -65,7 +65,7 @@ def test_dual_encoders_of_hugging_face(tmp_path, make):
     images = look(to_pil_image(photo()), return_tensors="pt")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     padding = "max_length" if names == ["input_ids"] else True
-    texts = tokenizer(TEXTS, padding=padding, return_tensors="pt", max_length=16)
+    texts = tokenizer(TEXTS, padding=padding, truncation=True, max_length=16, return_tensors="pt")
     with torch.no_grad():
         expected = features(network, images, texts)
         view = opened.view(photo())

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from base import distributed
 from base.caches import cache_folder
 from base.distributed import World, say
-from base.errors import UserError
+from base.errors import UnfitWeights, UserError
 from dataset.images.decode import decode_image
 from dataset.images.formats import files_below, is_image
 from evaluation.demo.abilities import Abilities, together
@@ -69,11 +69,19 @@ def check(config: Config) -> None:
 
 
 def open_all(config: Config, world: World) -> Abilities:
-    """All that the checkpoints can do."""
+    """All that the checkpoints can do. UserError names the one that does not open."""
     from scripts.demo_checkpoints.any_checkpoint import open_abilities
 
-    sources = config.checkpoint or [None]
-    return together([open_abilities(source, config, world) for source in sources])
+    found = []
+    for source in config.checkpoint or [None]:
+        try:
+            found.append(open_abilities(source, config, world))
+        except UnfitWeights as error:
+            named = (
+                str(error) if source is None or str(source) in str(error) else f"{source}: {error}"
+            )
+            raise UserError(named) from None
+    return together(found)
 
 
 def index_folder(abilities: Abilities, config: Config, world: World) -> Index | None:

@@ -68,6 +68,10 @@ def checkpoint_kind(state: State) -> str:
             "more than ALBEF's: evaluate BLIP with eval_zeroshot.py --model "
             "hf/Salesforce/blip-itm-base-coco"
         )
+    if any(key.startswith("Qformer.") for key in state):
+        raise UnfitWeights(
+            "a checkpoint of BLIP-2, whose querying transformer is not here; give one of ALBEF or SIMLA"
+        )
     if any(key.startswith("text_decoder.") for key in state):
         return "vqa"
     if "text_encoder.bert.embeddings.word_embeddings.weight" in state:

@@ -136,6 +136,9 @@ def _self_supervised(weights: State, heads: int, facts: VitFacts) -> ImageEncode
 
 def vit_sizes(weights: State, on_tower: int | None = None) -> dict[str, Any]:
     """Sizes of native weights as fields of `ViTConfig`. on_tower: see `patches_of`."""
+    for name in ("patch_embed.proj.weight", "pos_embed"):
+        if name not in weights:
+            raise UnfitWeights(f"no {name} in it, which every vision transformer here has")
     patch, stem = patches_of(weights, on_tower)
     grid = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
     return {

@@ -198,3 +198,11 @@ def test_folder_is_indexed_once(digitscenes, tmp_path, capsys):
     assert "1 images to search, 0 of them known before" in said and "UNREADABLE bad.png" in said
     script.index_folder(abilities, config, world)
     assert "1 of them known before" in capsys.readouterr().out
+
+
+def test_the_checkpoint_that_does_not_open_is_named(tmp_path):
+    weights = {"Qformer.bert.x.weight": torch.zeros(1), "visual_encoder.cls_token": torch.zeros(1)}
+    torch.save({"model": weights}, tmp_path / "blip2.pth")
+    config = script.Config(checkpoint=[tmp_path / "blip2.pth"])
+    with pytest.raises(UserError, match=rf"^{tmp_path}/blip2\.pth: a checkpoint of BLIP-2, "):
+        script.open_all(config, distributed.init("cpu"))

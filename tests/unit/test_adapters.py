@@ -338,6 +338,8 @@ def test_deit_weights():
 
 @pytest.mark.parametrize("part", ["encoder", "decoder.bert"])  # captioning has no encoder
 def test_blip_is_named(part):
+    with pytest.raises(UserError, match=r"a checkpoint of BLIP-2, whose querying transformer"):
+        checkpoint_kind({"Qformer.bert.embeddings.word_embeddings.weight": torch.zeros(30523, 1)})
     table = torch.zeros(30524, 1)
     with pytest.raises(UserError, match=r"a checkpoint of BLIP, .* eval_zeroshot\.py --model hf/"):
         checkpoint_kind({f"text_{part}.embeddings.word_embeddings.weight": table})

@@ -13,7 +13,7 @@ from base.pixels import HALF, IMAGENET, Pixels, timm_statistics
 from dataset.images.clip import EvalView
 from dataset.images.vit import ViTEvalView
 from models.layers.vit import ViT, ViTConfig
-from models.weights.any_image_encoder import open_encoder
+from models.weights.any_image_encoder import open_encoder, vit_sizes
 from models.weights.vit import to_transformers
 from models.weights.vit_facts import VitFacts
 from runtime.checkpoint import read_weights
@@ -207,6 +207,17 @@ def test_dinov2_of_meta():
 
         reference.load_state_dict(checkpoint_filter_fn(dict(state), reference))
         torch.testing.assert_close(encoder.eval()(larger), reference(larger))
+
+
+@pytest.mark.parametrize("lacking", ["patch_embed.proj.weight", "pos_embed"])
+def test_a_file_of_half_a_vision_transformer_is_one_sentence(lacking):
+    weights = {
+        "patch_embed.proj.weight": torch.zeros(8, 3, 4, 4),
+        "pos_embed": torch.zeros(1, 5, 8),
+    }
+    assert vit_sizes(weights)["image_size"] == 8
+    with pytest.raises(UserError, match=f"no {lacking} in it"):
+        vit_sizes({name: value for name, value in weights.items() if name != lacking})
 
 
 def test_coyo_vit_is_known_by_its_names():

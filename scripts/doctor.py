@@ -37,7 +37,7 @@ from base.writing import check_folder_option
 from runtime.config.cli import knob, run_script, section
 from runtime.job_array import Sharing, is_whole, need_all, own_range, submit_array
 
-HARMFUL = ("repeated sample", "in a later split", "no answer", "answer not in the list")
+HARMFUL = ("no answer", "answer not in the list")  # beside what is dropped
 
 
 @dataclass

@@ -204,9 +204,12 @@ def first_caption(record: dict) -> str:
 
 
 def image_path(row: dict, root: Path) -> str:
-    """Where an image lies: the column that clip-retrieval shows results by."""
-    given = row.get("image") or row.get("url")
-    return str(root / given) if isinstance(given, str | Path) else name_of(row)
+    """Where an image lies: the column that clip-retrieval shows results by. Of one that lies in a
+    table itself the `url` that it came from, as it is."""
+    image, url = row.get("image"), row.get("url")
+    if isinstance(image, str | Path):
+        return str(root / image)
+    return url if isinstance(url, str) and url else name_of(row)
 
 
 def image_of_part(

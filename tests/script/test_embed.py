@@ -65,6 +65,37 @@ def test_a_missing_checkpoint_is_named_before_a_job_is_submitted(images, tmp_pat
         run("--data", images / "pairs.json", "--checkpoint", tmp_path / "gone", "--slurm", 2)
 
 
+def test_what_stands_beside_an_embedding(tmp_path):
+    assert script.first_caption({"caption": [" ", "\u200b", "x", "y"]}) == "x"
+    assert script.first_caption({"caption": [" "]}) == script.first_caption({"key": "0"}) == ""
+    assert script.image_path({"image": "a.jpg", "url": "http://x/b.jpg"}, Path("r")) == "r/a.jpg"
+    table = {"image": b"...", "key": "k", "url": "http://x/b.jpg"}
+    assert script.image_path(table, Path("r")) == "http://x/b.jpg"
+    assert script.image_path(table | {"url": None}, Path("r")) == name_of(table)
+    assert script.part_names(2) == ["0000", "0001"] and script.part_names(10_000)[-1] == "9999"
+    assert script.part_names(10_001)[-1] == "10000"
+    found = {"z": torch.ones(1), "h": torch.zeros(1)}
+    assert script.choose(found, "h") is found["h"]
+    assert script.choose({"feats": found["z"]}, "z") is found["z"]
+    with pytest.raises(UserError, match="--score feats: the network has z, h"):
+        script.choose(found, "feats")
+    rows = [{"image": f"{n}.png", "caption": "a"} for n in range(7)]
+    write_json(tmp_path / "p.json", rows)
+    cuts = [(part.start, part.stop) for part in script.parts_of(str(tmp_path / "p.json"), 3)]
+    assert cuts == [(0, 3), (3, 6), (6, 7)]
+    write_shard(tmp_path / "0.tar", [("0", {"png": b"x", "txt": b"a", "alt": b"b"})])
+    addresses = (f"{tmp_path}/0.tar", f"{tmp_path}/0.tar?caption=alt")
+    one, other = (script.identity(script.Part(each, None), tmp_path) for each in addresses)
+    assert one != other
+    (tmp_path / "out/parts").mkdir(parents=True)
+    (tmp_path / "out/parts/0002.json").touch()
+    config = script.Config(data=[str(tmp_path / "p.json")], out=tmp_path / "out", part=4)
+    with pytest.raises(
+        UserError, match="holds part 0002, but this data has the parts 0000 to 0001"
+    ):
+        script.all_parts(config)
+
+
 def rows(folder, kind):
     return np.concatenate([np.load(path) for path in sorted((folder / kind).glob("*.npy"))])
 

@@ -84,7 +84,8 @@ class Interrupt:
         again = self.received is not None
         self.received = number
         what = "saving after this step" if self.unsaved else "nothing is left to save; leaving"
-        os.write(2, f"{signal.Signals(number).name} received: {what}\n".encode())  # reentrant
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(2, f"{signal.Signals(number).name} received: {what}\n".encode())  # reentrant
         if not (self.unsaved or again):  # what runs on the way out is left alone
             self._leave(frame)
 

@@ -37,6 +37,7 @@ from runtime.config.draft import COMMAND_LINE, Draft, at_flag, at_override, flag
 from runtime.config.old_commands import align
 from runtime.config.values import Option, show
 from runtime.own_tokenizers import train_tokenizers_if_asked
+from runtime.streams import outlive_readers
 
 __all__ = ["knob", "parse", "restated", "run_script", "section"]
 
@@ -228,6 +229,7 @@ def run_script(
             from runtime.interrupt import leave_when_signalled  # here: --help goes without torch
 
             leave_when_signalled()
+            outlive_readers()
         make_digitscenes_if_named(config)
         if not has_folder:
             main(config)

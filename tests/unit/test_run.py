@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import gzip
+import io
 import json
 import os
 import shutil
@@ -405,6 +406,33 @@ def test_a_signal_in_a_validation_ends_it_with_what_was_saved(kind, tmp_path):
         train(options(tmp_path, save_every="100 steps"), scores)
     assert ended.value.code == EXIT_REQUEUE and validated(tmp_path) == [1]
     assert find_damage(saved(tmp_path, 2)) is None
+
+
+@pytest.mark.parametrize("lost", ["stdout", "stderr"])
+@pytest.mark.parametrize("way", ["no reader", "full disk", "closed"])
+def test_a_run_outlives_who_reads_what_it_says(lost, way, tmp_path, monkeypatch):
+    """`| head` leaves early; what a file of a full disk does not take is lost."""
+    file = open("/dev/full", "w") if way == "full disk" else None
+    if way == "no reader":
+        read_end, write_end = os.pipe()
+        os.close(read_end)
+        file = os.fdopen(write_end, "w")
+    other = io.StringIO()
+    both = {"stdout": other, "stderr": other, lost: file}
+    for name, stream in both.items():
+        monkeypatch.setattr(sys, name, stream)
+
+    def main(_config):
+        for _ in range(3):
+            print("a line", flush=True, file=getattr(sys, lost))
+        done.append(True)
+
+    done = []
+    run_script(main, RunConfig, argv=["--output_dir", str(tmp_path / "run")])
+    reasons = {"no reader": "Broken pipe", "full disk": "No space left on device"}
+    said = [line for line in other.getvalue().splitlines() if "cannot be written" in line]
+    assert done and len(said) == (way in reasons)
+    assert all(reasons[way] in line and "the run goes on" in line for line in said)
 
 
 @pytest.mark.parametrize(

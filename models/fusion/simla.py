@@ -63,9 +63,10 @@ class SimlaConfig(ImageTextConfig):
 
 
 @dataclass
-class TeacherText:
-    """What the momentum text transformer makes of a batch, without gradient."""
+class Teacher:
+    """What the momentum networks make of a batch, without gradient."""
 
+    patches: Tensor  # [B,N,D] of the images, before the vision transformer
     features: Features
     mlm_logits: Tensor  # [K,V] at the masked positions
     cls_attention: Tensor | None  # [B,H,L], the last layer's [CLS] query over the unmasked caption
@@ -121,29 +122,22 @@ class Simla(ImageTextModel):
         stage, masked_stage = self.text_stages(text_ids, mlm_ids, text_mask)
         text_cls = self.bert.text_from_stage(stage, text_mask, keep=first_token(stage))[:, 0]
         student = Features(self.image_feature(image_tokens), self.text_feature(text_cls))
-        with torch.no_grad():
-            patches_m = self.visual_encoder_m.patches(image)
-            image_tokens_m = self.visual_encoder_m(patches_m)
-            teacher = self.teach_text(
-                text_ids, text_mask, mlm_ids, mlm_positions, image_tokens, image_tokens_m
-            )
+        teacher = self.teach(image, image_tokens, text_ids, text_mask, mlm_ids, mlm_positions)
 
         everyone = gather_features(teacher.features)
         keys = self.key_banks(everyone, teacher.features)
         losses = {}
         losses["loss_ita"], i2t, t2i = self.ita(student, teacher.features, keys, alpha)
         same = torch.eye(len(image), dtype=torch.bool, device=image.device)
-        negative_image, negative_text = self.sample_negatives(i2t, t2i, same)
-        matched, masked = self.fuse_pairs(
-            stage, text_mask, image_tokens, negative_image, negative_text, masked_stage
-        )
+        negatives = self.sample_negatives(i2t, t2i, same)
+        matched, masked = self.fuse_pairs(stage, text_mask, image_tokens, *negatives, masked_stage)
         losses["loss_itm"] = self.itm(matched)
         losses["loss_mlm"] = self.mlm(
             masked, mlm_positions, mlm_labels, teacher.mlm_logits, alpha, mlm_count
         )
         if self.config.mim:
             seen = (patches, stage)
-            seen_m = (patches_m, stage if self.compat.student_states else teacher.stage)
+            seen_m = (teacher.patches, stage if self.compat.student_states else teacher.stage)
             losses["loss_mim"] = self.mim(
                 seen, seen_m, patch_mask, mim_positions, visual_codes, text_mask, alpha, mim_count
             )
@@ -185,17 +179,19 @@ class Simla(ImageTextModel):
         return both.chunk(2)
 
     @torch.no_grad()
-    def teach_text(
+    def teach(
         self,
+        image: Tensor,
+        image_tokens: Tensor,
         text_ids: Tensor,
         text_mask: Tensor,
         mlm_ids: Tensor,
         mlm_positions: Tensor,
-        image_tokens: Tensor,
-        image_tokens_m: Tensor,
-    ) -> TeacherText:
+    ) -> Teacher:
         """Features, masked-LM logits and [CLS] attention of the momentum networks; the fusion
-        passes are one."""
+        passes are one. image_tokens: the student's."""
+        patches = self.visual_encoder_m.patches(image)
+        image_tokens_m = self.visual_encoder_m(patches)
         bert = self.bert_m
         both_mask = torch.cat([text_mask, text_mask])
         both = bert.text_stage(torch.cat([mlm_ids, text_ids]), both_mask)
@@ -214,7 +210,7 @@ class Simla(ImageTextModel):
             masked = bert.run(below_masked, text_mask, image_tokens_m, first=top)
             attention = bert.cls_attention(below, text_mask)
         mlm_logits = self.text_encoder_m.logits(masked.flatten(0, 1).index_select(0, mlm_positions))
-        return TeacherText(features, mlm_logits, attention, stage)
+        return Teacher(patches, features, mlm_logits, attention, stage)
 
     def ita(
         self, student: Features, teacher: Features, keys: Keys, alpha: Tensor | float
@@ -298,7 +294,7 @@ class Simla(ImageTextModel):
     def pseudo_label(
         self,
         student: Features,
-        teacher: TeacherText,
+        teacher: Teacher,
         text_ids: Tensor,
         text_mask: Tensor,
         alpha: Tensor,

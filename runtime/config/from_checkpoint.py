@@ -40,7 +40,7 @@ def check_architecture(config: Any, saved: Mapping[str, Any]) -> None:
         if value is not None and before.get(name, value) not in (value, None):
             raise UserError(
                 f"{config.checkpoint} was trained with {name} {before[name]}, not {value}: "
-                f"leave out --{name}, or give another --checkpoint"
+                f"leave out --{name.partition('.')[0]}, or give another --checkpoint"
             )
 
 

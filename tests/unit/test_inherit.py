@@ -159,6 +159,8 @@ def test_what_shapes_the_network_must_agree_with_the_checkpoint(tmp_path, monkey
         with pytest.raises(UserError, match=f"was trained with {name} .*, not") as error:
             fill_geometry(Config(checkpoint=checkpoint, **OTHER_THAN_RECORDED[name]), ())
         assert str(checkpoint) in str(error.value)
+        (flag,) = OTHER_THAN_RECORDED[name]
+        assert f"leave out --{flag}, or" in str(error.value)
         fill_geometry(Config(checkpoint=checkpoint, vision_heads=2, image_res=32), ())
 
 

@@ -224,6 +224,27 @@ def test_figures_of_the_texts(tmp_path, capsys):
     assert rows["reading"] == "3 images a second and core; an epoch 5 s"
 
 
+def test_rows_of_what_was_found():
+    found = [{"overlong": "long one"}, {"missing": "gone.jpg"}]
+    part = SimpleNamespace(
+        counts=lambda: Counter(overlong=9, missing=1),
+        samples=lambda: 10,
+        facts=[SimpleNamespace(problems=problems) for problems in found],
+        findings=[],
+        repeated_texts=lambda: [(f"text {n}", 9 - n) for n in range(5)],
+        repeated_ids=lambda: ["7", "8"],
+        same=[],
+        near=[[SimpleNamespace(name=f"{n}.jpg") for n in range(4)]],
+    )
+    assert doctor.problem_rows(part) == [
+        ("missing", "1 (10.0 %)", "gone.jpg"),  # what cannot be trained on comes first
+        ("overlong", "9 (90.0 %)", "long one"),
+        *(("repeated text", f"{9 - n}", f"text {n}") for n in range(3)),
+        ("repeated id", "2", "7"),
+        ("near duplicates", "1 groups", "0.jpg, 1.jpg, 2.jpg"),
+    ]
+
+
 def test_class_folders_and_shards(tmp_path, capsys):
     for name, numbers in (("cat", (1, 2, 3)), ("dog", (4,))):
         (tmp_path / "set" / name).mkdir(parents=True)

@@ -62,6 +62,17 @@ def no_such_class(place: object, label: int, classes: int) -> UserError:
     )
 
 
+def lost_worker(error: BaseException) -> str | None:
+    """One sentence where torch says that a loader's process died: it raises that wherever the main
+    thread is; None for any other error."""
+    if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")):
+        return None
+    return (
+        f"a data loading worker died ({error}); often the machine was out of memory or of shared memory: "
+        "use fewer workers, a smaller shuffle_buffer or a larger /dev/shm"
+    )
+
+
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 120
 

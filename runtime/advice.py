@@ -13,7 +13,7 @@ from functools import wraps
 from pathlib import Path
 from typing import NoReturn, ParamSpec
 
-from base.errors import UserError, first_line
+from base.errors import UserError, first_line, lost_worker
 from base.processes import SENTENCE_FILE
 
 P = ParamSpec("P")
@@ -51,6 +51,8 @@ def advice_on(error: BaseException) -> str | None:
     """One sentence about a mistake of the user or a limit of the machine; None for a fault of ours."""
     if isinstance(error, UserError):
         return str(error)
+    if sentence := lost_worker(error):
+        return sentence
     if is_exhausted(error):
         return f"out of memory ({first_line(error)}); make batch_size smaller and accumulate larger"
     if isinstance(error, OSError):

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from base.distributed import ALONE, World, gather_objects
-from base.errors import BadSample, UserError
+from base.errors import BadSample, UserError, lost_worker
 from base.names import name_of
 from dataset.images.decode import load_decoder, reading
 from dataset.loading.randomness import generators_kept, mix, permuted, seed_generators
@@ -304,12 +304,9 @@ class StreamLoader:
         try:
             batch, slot, position, dropped, truncated = next(self._batches)
         except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):
+            if (sentence := lost_worker(error)) is None:
                 raise  # a mistake in our code
-            raise UserError(
-                f"a data loading worker died ({error}); often the machine was out of memory or of shared memory: "
-                "use fewer workers, a smaller shuffle_buffer or a larger /dev/shm"
-            ) from error
+            raise UserError(sentence) from error
         if isinstance(batch, UserError):
             raise batch
         self._state["slots"][slot] = position

@@ -176,6 +176,11 @@ class _IndexedFile:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> dict:
+        if self._data.size() != len(self._data):  # beyond its end the system kills who reads on
+            raise UserError(
+                f"{self._path}: was written to while it is read; start the same command again, and "
+                "replace lists as a whole, by a file that is moved to their name"
+            )
         start = self._starts[index]
         end = self._starts[index + 1] if index + 1 < len(self._starts) else len(self._data)
         end = self._data.rfind(b"}", start, end) + 1  # leaves out the comma or bracket that follows

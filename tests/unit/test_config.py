@@ -574,6 +574,15 @@ def test_what_the_system_says_about_a_file_is_one_line(monkeypatch, capsys, tmp_
         run_script(raised(FileNotFoundError(2, "No such file", "x")), Config, argv=[])
 
 
+def test_a_loader_process_that_died_is_one_sentence_wherever_torch_says_so(monkeypatch, capsys):
+    """It raises in a handler of signals, in the midst of an update."""
+    died = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. ")
+    assert leave_with(died, monkeypatch)[0] == 2
+    assert capsys.readouterr().err.startswith(
+        "error: a data loading worker died (DataLoader worker"
+    )
+
+
 def test_a_fault_of_ours_keeps_its_traceback():
     fault = RuntimeError("[enforce fail at gloo/x.cc:7] op.preamble.length <= op.nbytes. 8 vs 4")
     with pytest.raises(RuntimeError, match="enforce fail"):

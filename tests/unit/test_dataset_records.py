@@ -206,6 +206,24 @@ def test_a_damaged_index_is_made_again(tmp_path, cache, damage):
     assert list(Records(path)) == ENTRIES and index.read_bytes() == whole
 
 
+@pytest.mark.parametrize("text", ["", "[]", '[{"image": "b.jpg", "caption": "another"}, {}]' * 9])
+def test_a_list_that_is_written_to_while_it_is_read_is_named(text, tmp_path):
+    """Beyond the end of a file that became shorter a process is killed (SIGBUS)."""
+    entries = [{"image": f"{number}.jpg", "caption": "a"} for number in range(20)]
+    file = write(tmp_path, json.dumps(entries))
+    records = Records(file)
+    assert records[19]["image"] == "19.jpg"
+    whole = file.with_name("new.json")
+    whole.write_text(text)
+    whole.replace(file)  # another file under the name: what is read stays
+    assert records[19]["image"] == "19.jpg"
+    file = write(tmp_path, json.dumps(entries), "other.json")
+    records = Records(file)
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"other\.json: was written to while it is read"):
+        records[19]
+
+
 def test_an_index_damaged_in_the_middle_is_one_sentence(tmp_path, cache):
     path = write(tmp_path, json.dumps(ENTRIES))
     Records(path)

@@ -64,7 +64,7 @@ USUAL_NAMES = {
         "comment",  # Flickr30k's results.csv
     ),
     "text": ("expression", "sentence", "caption"),
-    "answer": ("answers",),
+    "answer": ("answers", "direct_answers"),  # the last of A-OKVQA
     "labels": ("label", "class"),
 }
 SAVED = "dataset_info.json"  # in a data set of datasets' save_to_disk

@@ -671,6 +671,15 @@ def test_json_of_other_names_says_how_to_name_them(content, message, tmp_path):
         assert pairs(Records(f"{file}{query}")) == [("0.jpg", "a")]
 
 
+def test_answers_of_a_okvqa_say_how_to_name_them(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps([{"image": "0.jpg", "direct_answers": ["red", "red"]}]))
+    with pytest.raises(UserError, match=r"write FILE\?answer=direct_answers"):
+        Records(file, ("image", "answer"))
+    (record,) = Records(f"{file}?answer=direct_answers", ("image", "answer"))
+    assert record["answer"] == ["red", "red"]
+
+
 def test_tables_without_names_of_columns_and_in_folders_below(tmp_path):
     (tmp_path / "t.csv").write_text("0.jpg,a cat\n1.jpg,a dog\n")
     with pytest.raises(UserError, match="its first row holds no names: put a row of them above"):

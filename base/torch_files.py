@@ -324,6 +324,8 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] | None = None) -> dic
         raise
     except Exception as error:  # damaged files make the libraries raise anything
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        if isinstance(error, MemoryError) or "annot allocate memory" in reason:
+            raise MemoryError(f"{path}: {reason}") from None  # the file may be as it should be
         seen = looks_like(read_start(path))
         raise UserError(f"{path}: not a readable {kind} ({reason}){seen}; fetch it again") from None
     if not isinstance(content, dict):

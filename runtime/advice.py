@@ -97,7 +97,7 @@ def ends_with_advice(main: Callable[P, int]) -> Callable[P, int]:
         warnings.formatwarning = format_warning
         try:
             return main(*words, **named)
-        except (UserError, OSError) as error:
+        except (UserError, OSError, MemoryError) as error:
             if (advice := advice_on(error)) is None:
                 raise
             print(f"error: {advice}", file=sys.stderr)

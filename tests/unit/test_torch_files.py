@@ -264,3 +264,13 @@ def test_a_pointer_in_place_of_weights_is_named(name, reader, tmp_path):
     (tmp_path / name).write_bytes(POINTER + b"/spec/v1\noid sha256:0\nsize 5\n")
     with pytest.raises(UserError, match="a pointer of Git LFS"):
         reader(tmp_path / name)
+
+
+def test_a_machine_without_memory_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
+    def full(*_args, **_named):
+        raise OSError("Cannot allocate memory (os error 12)")
+
+    save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    monkeypatch.setattr("safetensors.safe_open", full)
+    with pytest.raises(MemoryError, match=r"a\.safetensors: Cannot allocate memory"):
+        read_tensors(tmp_path / "a.safetensors")

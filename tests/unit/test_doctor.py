@@ -296,13 +296,12 @@ def test_ranges_kept_as_files_give_the_report_of_one_look(tmp_path, capsys, monk
     _, said = look(**facts, sharing=doctor.Sharing(range="0/1"))
     assert said == [f"{tmp_path}/facts: 4 of 4 pieces, 1 of them kept"]
     (tmp_path / "answers.json").write_text('["red"]')
-    for change in (
-        {"most": 5},
-        {"answer_list": tmp_path / "answers.json"},
-        {"image_root": tmp_path / "x"},
-    ):
-        _, said = look(**facts | change, sharing=doctor.Sharing(range="0/1"))
-        assert said == [f"{tmp_path}/facts: 4 of 4 pieces, 0 of them kept"], change
+    changes = {"most": 5, "answer_list": tmp_path / "answers.json", "image_root": tmp_path / "x"}
+    changed = {}
+    for name, value in changes.items():  # each beside those before
+        changed[name] = value
+        _, said = look(**facts | changed, sharing=doctor.Sharing(range="0/1"))
+        assert said == [f"{tmp_path}/facts: 4 of 4 pieces, 0 of them kept"], name
     monkeypatch.setattr(doctor, "submit_array", lambda *_: pytest.fail("submitted"))
     with pytest.raises(UserError, match=r"gone/vocab\.txt"):  # before a job is submitted
         look(**facts, tokenizer="gone/vocab.txt", sharing=doctor.Sharing(slurm=2))

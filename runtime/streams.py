@@ -38,7 +38,7 @@ class Lasting:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         other = sys.stderr if self.name == "stdout" else sys.stdout
         said = f"{NAMES[self.name]} cannot be written ({error.strerror})"
-        print(f"warning: {said}; the run goes on, its results are in its folder", file=other)
+        print(f"warning: {said}; the run continues, its results are in its folder", file=other)
 
 
 def outlive_readers() -> None:

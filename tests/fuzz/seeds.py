@@ -484,6 +484,8 @@ def flat_list(path: Path) -> Any:
 
     folder = path.parent / "val"
     folder.mkdir()
+    for name in ("0.png", "1.png"):
+        (folder / name).touch()
     path.rename(path.with_name("val.txt"))
     return flat_folder(folder)
 

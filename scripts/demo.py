@@ -77,10 +77,10 @@ def open_all(config: Config, world: World) -> Abilities:
         try:
             found.append(open_abilities(source, config, world))
         except UnfitWeights as error:
-            named = (
-                str(error) if source is None or str(source) in str(error) else f"{source}: {error}"
-            )
-            raise UserError(named) from None
+            text = str(error)
+            if source is not None and str(source) not in text:
+                text = f"{source}: {text}"
+            raise UserError(text) from None
     return together(found)
 
 

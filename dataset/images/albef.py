@@ -72,8 +72,8 @@ class TrainTransform:
     """Random crop, flips and RandAugment: uint8 [3,H,W] to uint8 [3,resolution,resolution].
 
     scale: range of the crop's fraction of the area; (0.5, 1) for retrieval, VQA, VE and NLVR2,
-    (0.2, 1) for pre-training, None for no crop at all (grounding); UserError where its ends are turned round. flip: flip half of the images
-    horizontally; switch it off where texts say "left".
+    (0.2, 1) for pre-training, None for no crop at all (grounding); UserError where the larger comes
+    first. flip: flip half of the images horizontally; switch it off where texts say "left".
     """
 
     def __init__(

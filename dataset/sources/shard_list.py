@@ -1,5 +1,6 @@
 """Which shards there are and how many samples each holds: found once a run, by threads."""
 
+import glob
 import os
 import re
 import sys
@@ -150,8 +151,6 @@ def names_shards(pattern: str) -> bool:
     """Whether a local pattern with braces or wildcards matches a shard, or a path's ending says so."""
     if re.search(SHARD_ENDING, pattern, re.IGNORECASE):
         return True
-    import glob
-
     wild = re.search(r"[*?\[{]", pattern) is not None
     return wild and any(is_shard(f) for name in expand_braces(pattern) for f in glob.iglob(name))
 
@@ -159,8 +158,6 @@ def names_shards(pattern: str) -> bool:
 def _local_matches(url: str) -> list[str]:
     if Path(url).is_dir():
         return shards_below(url)
-    import glob
-
     matches = sorted(_visible(glob.glob(url, recursive=True), url))
     if "**" in url:  # follows a link to a folder above as often as the system allows
         by_length = sorted(matches, key=len, reverse=True)

@@ -8,8 +8,8 @@ annotation file:
     pairs.csv?image=url&caption=title,alt    columns by name; several columns make several captions
     pairs.jsonl?caption=alt:0.3,synthetic:0.7   with the weights that training samples them by; JSON
                                              files may name columns, too
-    folder/                                  IMAGE.jpg with IMAGE.txt or .caption beside it, a caption a line;
-                                             or what metadata.csv, .jsonl or .parquet in it lists
+    folder/                                  IMAGE.jpg with IMAGE.txt or .caption beside it, a caption
+                                             a line; or what metadata.csv, .jsonl or .parquet in it lists
     folder/                                  of datasets' save_to_disk
     folder/                                  of Parquet files, as data sets of the hub come in, or
     folder/train-*.parquet                   those of one split

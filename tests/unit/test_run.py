@@ -410,7 +410,8 @@ def test_a_signal_in_a_validation_ends_it_with_what_was_saved(kind, tmp_path):
 
 @pytest.mark.parametrize("lost", ["stdout", "stderr"])
 @pytest.mark.parametrize("way", ["no reader", "full disk", "closed"])
-def test_a_run_outlives_who_reads_what_it_says(lost, way, tmp_path, monkeypatch):
+@pytest.mark.parametrize("text", ["flushed", "more than a buffer holds " * 1000])
+def test_a_run_outlives_who_reads_what_it_says(text, lost, way, tmp_path, monkeypatch):
     """`| head` leaves early; what a file of a full disk does not take is lost."""
     file = open("/dev/full", "w") if way == "full disk" else None
     if way == "no reader":
@@ -424,7 +425,7 @@ def test_a_run_outlives_who_reads_what_it_says(lost, way, tmp_path, monkeypatch)
 
     def main(_config):
         for _ in range(3):
-            print("a line", flush=True, file=getattr(sys, lost))
+            print(text, flush=text == "flushed", file=getattr(sys, lost))
         done.append(True)
 
     done = []
